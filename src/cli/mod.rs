@@ -1,0 +1,78 @@
+//! The doors of the house, one file per command. `anyhow` lives only here.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[cfg(feature = "service")]
+mod api;
+#[cfg(feature = "engine")]
+mod generate;
+#[cfg(feature = "service")]
+mod migrate;
+#[cfg(feature = "service")]
+mod openapi;
+#[cfg(feature = "engine")]
+mod run;
+#[cfg(feature = "service")]
+mod up;
+#[cfg(feature = "service")]
+mod worker;
+
+/// Makes large language models smaller by cutting whole layers, heals the cut,
+/// and proves what is left.
+#[derive(Parser)]
+#[command(name = "secateur", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start everything: private PostgreSQL, API and one worker per device.
+    #[cfg(feature = "service")]
+    Up(up::Args),
+    /// Serve the HTTP API only.
+    #[cfg(feature = "service")]
+    Api(api::Args),
+    /// Run jobs only.
+    #[cfg(feature = "service")]
+    Worker(worker::Args),
+    /// Run one job here: no server, no database.
+    #[cfg(feature = "engine")]
+    Run(run::Args),
+    /// Let a checkpoint write a few words.
+    #[cfg(feature = "engine")]
+    Generate(generate::Args),
+    /// Bring the database schema up to date.
+    #[cfg(feature = "service")]
+    Migrate(migrate::Args),
+    /// Print the OpenAPI document.
+    #[cfg(feature = "service")]
+    Openapi(openapi::Args),
+}
+
+/// Parses the command line and runs the command.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        #[cfg(feature = "service")]
+        Command::Up(args) => up::run(args),
+        #[cfg(feature = "service")]
+        Command::Api(args) => api::run(args),
+        #[cfg(feature = "service")]
+        Command::Worker(args) => worker::run(args),
+        #[cfg(feature = "engine")]
+        Command::Run(args) => run::run(args),
+        #[cfg(feature = "engine")]
+        Command::Generate(args) => generate::run(args),
+        #[cfg(feature = "service")]
+        Command::Migrate(args) => migrate::run(args),
+        #[cfg(feature = "service")]
+        Command::Openapi(args) => openapi::run(args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("secateur: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,1 @@
+//! Text and items in, token windows out.

@@ -1,0 +1,1 @@
+//! Names into local, pinned files.

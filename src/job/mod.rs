@@ -1,0 +1,12 @@
+//! The words everyone speaks: plain data, no tensors, no sockets, no SQL.
+//!
+//! What is asked ([`spec`]), what is happening ([`progress`]), what came out
+//! ([`report`]) and how it stands ([`state`]). Command line, HTTP, database and
+//! engine all use these very types; there are no twins to keep in step.
+
+pub mod complaint;
+pub mod preset;
+pub mod progress;
+pub mod report;
+pub mod spec;
+pub mod state;

@@ -1,0 +1,253 @@
+//! What came out: the results of the stages and the failures that travel.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::preset::QloraSettings;
+use super::progress::Stage;
+use super::spec::{JobSpec, Strategy, TokenPosition};
+
+/// A run of layers `start..start + len`, counted from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Block {
+    pub start: u32,
+    pub len: u32,
+}
+
+impl Block {
+    #[must_use]
+    pub const fn layers(self) -> Range<u32> {
+        self.start..self.start + self.len
+    }
+}
+
+/// How far every block of layers turns the residual stream (`profile.json`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LayerProfile {
+    pub layer_count: u32,
+    /// Windows measured.
+    pub samples: u32,
+    /// Tokens read, all windows together.
+    pub tokens: u64,
+    pub position: TokenPosition,
+    /// `"pi"`: arccos(cos)/π; `"cosine"`: 1 − cos.
+    pub unit: String,
+    /// `by_len[n-1][l]`: mean distance between the stream entering layer `l`
+    /// and the one entering layer `l + n` (`l + n = layer_count`: leaving the
+    /// last layer, before the final norm). Row `n-1` has `layer_count - n + 1` entries.
+    pub by_len: Vec<Vec<f64>>,
+    /// Standard error of each cell of `by_len`, over samples.
+    pub stderr: Vec<Vec<f64>>,
+    /// Block influence `1 - E[cos]` of each layer.
+    pub influence: Vec<f64>,
+    /// `E[|h_{l+1} - h_l| / |h_l|]` of each layer.
+    pub relative_magnitude: Vec<f64>,
+    /// Mean norm of the stream entering each layer, and of the one leaving the last.
+    pub norm: Vec<f64>,
+}
+
+impl LayerProfile {
+    /// Mean distance across `block`.
+    ///
+    /// # Panics
+    /// When the block is empty or leaves the model.
+    #[must_use]
+    pub fn distance(&self, block: Block) -> f64 {
+        self.by_len[block.len as usize - 1][block.start as usize]
+    }
+}
+
+/// A block that could have been dropped, and its score (less is better).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Candidate {
+    pub start: u32,
+    pub score: f64,
+}
+
+/// The layers to drop (`selection.json`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LayerSelection {
+    /// Ascending, from 0.
+    pub dropped: Vec<u32>,
+    pub strategy: Strategy,
+    /// Score of what is dropped, in the strategy's own unit; 0 where it has none.
+    pub score: f64,
+    /// All places where the block, or the single layer, could have been.
+    pub candidates: Vec<Candidate>,
+}
+
+/// A checkpoint a stage wrote, named so that a later stage can trust it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CheckpointRef {
+    /// Directory, relative to the workspace.
+    pub path: String,
+    /// sha256 over names and contents of the weight and config files.
+    pub digest: String,
+    pub layer_count: u32,
+    /// Bytes of the weight files.
+    pub size_bytes: u64,
+    pub parameters: u64,
+}
+
+/// Loss at one optimizer step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LossPoint {
+    pub step: u32,
+    /// Mean negative log-likelihood per token of the step's windows, in nats.
+    pub loss: f64,
+    pub learning_rate: f64,
+}
+
+/// What healing did (part of `report.json`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct HealReport {
+    pub method: String,
+    pub settings: QloraSettings,
+    /// Trained parameters.
+    pub trainable_parameters: u64,
+    pub tokens: u64,
+    pub curve: Vec<LossPoint>,
+    /// Held-out loss per token of the pruned checkpoint, in nats.
+    pub held_out_before: f64,
+    /// Held-out loss per token of the healed checkpoint, measured on the written files.
+    pub held_out_after: f64,
+    /// Healing made the held-out loss worse and was thrown away.
+    pub reverted: bool,
+    /// The healed checkpoint; absent when reverted.
+    pub checkpoint: Option<CheckpointRef>,
+}
+
+/// Perplexity of one checkpoint on one corpus.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Perplexity {
+    pub corpus: String,
+    /// `exp(nll_per_token)`.
+    pub value: f64,
+    /// Mean negative log-likelihood per scored token, in nats.
+    pub nll_per_token: f64,
+    /// The paper's normalised loss: `nll_per_token / ln(vocab_size)`.
+    pub nll_over_ln_vocab: f64,
+    /// `exp(total nll / words of the scored text)`.
+    pub word_perplexity: f64,
+    /// Scored tokens.
+    pub tokens: u64,
+}
+
+/// Accuracy of one checkpoint on one task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct TaskScore {
+    pub task: String,
+    pub acc: f64,
+    /// Accuracy by log-likelihood per character; absent where choices have no length of their own.
+    pub acc_norm: Option<f64>,
+    /// Standard error of `acc`.
+    pub stderr: f64,
+    pub n: u64,
+}
+
+/// How fast one checkpoint runs on this device.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Speed {
+    pub prefill_tokens_per_s: f64,
+    pub decode_tokens_per_s: f64,
+    /// Time per decoded token, one sequence at a time.
+    pub latency_ms: f64,
+}
+
+/// All that was measured of one checkpoint, on its written files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Scores {
+    pub layer_count: u32,
+    pub parameters: u64,
+    /// Bytes of the weight files.
+    pub size_bytes: u64,
+    /// Parameters of embedding and head: what cutting layers cannot shrink.
+    pub embedding_parameters: u64,
+    pub perplexity: Vec<Perplexity>,
+    pub tasks: Vec<TaskScore>,
+    pub speed: Option<Speed>,
+    /// Peak resident memory of the process while this checkpoint was measured.
+    pub peak_memory_bytes: u64,
+}
+
+/// `eval.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct EvalReport {
+    pub base: Scores,
+    pub pruned: Scores,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub healed: Option<Scores>,
+}
+
+/// How long a stage took and whether an earlier record served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StageSummary {
+    pub stage: Stage,
+    pub reused: bool,
+    pub duration_ms: u64,
+}
+
+/// The whole result (`report.json`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Report {
+    pub secateur_version: String,
+    pub spec: JobSpec,
+    /// Base model: sha256 over its files.
+    pub model_digest: String,
+    pub profile: LayerProfile,
+    pub selection: LayerSelection,
+    pub pruned: CheckpointRef,
+    pub heal: Vec<HealReport>,
+    pub eval: EvalReport,
+    /// Sentences a person should read before using the result.
+    pub remarks: Vec<String>,
+    /// sha256 of every file of the shipped checkpoints, by path in the workspace.
+    pub files: BTreeMap<String, String>,
+}
+
+/// Why a job failed; the only error that travels between processes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    pub kind: FailureKind,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stage: Option<Stage>,
+    /// What is wrong, where, and what to do, for a person.
+    pub message: String,
+}
+
+/// Classes of failure, by who can do something about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// The spec cannot be met.
+    Spec,
+    /// The model's files are missing, damaged or not supported.
+    Model,
+    /// A corpus or item file is missing, damaged or too short.
+    Data,
+    OutOfMemory,
+    /// The device failed.
+    Device,
+    /// Disk or object store failed or is full.
+    Storage,
+    /// Too many attempts ended without a result.
+    AttemptsSpent,
+    /// Our own fault.
+    Bug,
+}
+
+impl FailureKind {
+    /// Whether another attempt may end differently. Exhaustive on purpose: a
+    /// new kind must say.
+    #[must_use]
+    pub const fn retryable(self) -> bool {
+        match self {
+            Self::Device | Self::Storage => true,
+            Self::Spec | Self::Model | Self::Data | Self::OutOfMemory | Self::AttemptsSpent | Self::Bug => false,
+        }
+    }
+}

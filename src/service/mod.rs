@@ -1,0 +1,4 @@
+//! The service wing: API, job database, store.
+
+pub mod db;
+pub mod http;

@@ -1,0 +1,4 @@
+//! One binary that mirrors the surface; tests are named as sentences.
+#![allow(clippy::unwrap_used)]
+
+mod support;

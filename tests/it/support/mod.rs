@@ -1,0 +1,1 @@
+//! What tests share: tiny models, a private database, a running service.
