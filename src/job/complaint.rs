@@ -44,7 +44,8 @@ impl JobSpec {
             }
         };
         let known: Vec<String> = complaints.iter().map(|c| c.pointer.clone()).collect();
-        let said = |c: &Complaint| known.iter().any(|k| c.pointer.starts_with(k) || k.starts_with(&c.pointer));
+        let said =
+            |c: &Complaint| known.iter().any(|k| c.pointer.starts_with(k) || k.starts_with(&c.pointer));
         let rules = spec.iter().flat_map(JobSpec::validate);
         complaints.extend(rules.filter(|c| !said(c)));
         match spec {
@@ -125,7 +126,9 @@ fn culprit(value: &Value, path: &[String], message: &str) -> Option<String> {
         remove(&mut without, &child);
         match parse(&without) {
             Ok(_) => true,
-            Err(other) => other.message != message || other.path.as_slice() != path && !other.path.starts_with(path),
+            Err(other) => {
+                other.message != message || other.path.as_slice() != path && !other.path.starts_with(path)
+            }
         }
     })
 }

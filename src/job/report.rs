@@ -247,7 +247,9 @@ impl FailureKind {
     pub const fn retryable(self) -> bool {
         match self {
             Self::Device | Self::Storage => true,
-            Self::Spec | Self::Model | Self::Data | Self::OutOfMemory | Self::AttemptsSpent | Self::Bug => false,
+            Self::Spec | Self::Model | Self::Data | Self::OutOfMemory | Self::AttemptsSpent | Self::Bug => {
+                false
+            }
         }
     }
 }

@@ -231,7 +231,9 @@ pub struct QloraSpec {
     /// Linear layers that get an adapter, by name: `q_proj`, …, `down_proj`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub targets: Option<Vec<String>>,
+    /// Bits per weight of the frozen base: 4, 8 or 16.
     #[serde(default)]
+    #[schema(value_type = u8, example = 4)]
     pub bits: BaseBits,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
@@ -256,9 +258,8 @@ pub struct QloraSpec {
 }
 
 /// Bits per weight of the frozen base while adapters are trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u8", into = "u8")]
-#[schema(value_type = u8, example = 4)]
 pub enum BaseBits {
     /// NF4 with double quantisation (arXiv 2305.14314).
     #[default]
@@ -407,7 +408,10 @@ impl JobSpec {
                 );
             }
             if layers.len() >= layer_count as usize {
-                out.add("/prune/layers", format!("at least one of the model's {layer_count} layers must stay"));
+                out.add(
+                    "/prune/layers",
+                    format!("at least one of the model's {layer_count} layers must stay"),
+                );
             }
         } else if let Some(amount) = p.amount {
             let n = amount.layers(layer_count);
@@ -502,14 +506,20 @@ impl JobSpec {
                 out.add(&format!("{at}/task"), "must have 1 to 100 characters");
             }
             if self.eval.tasks[..i].iter().any(|t| t.task == task.task) {
-                out.add(&format!("{at}/task"), format!("`{}` is there already; names must differ", task.task));
+                out.add(
+                    &format!("{at}/task"),
+                    format!("`{}` is there already; names must differ", task.task),
+                );
             }
             if task.limit == Some(0) {
                 out.add(&format!("{at}/limit"), "must be at least 1");
             }
             check_corpus(&task.items, &format!("{at}/items"), out);
             if matches!(task.items, Corpus::Model { .. }) {
-                out.add(&format!("{at}/items"), "a model cannot write evaluation items; use \"path\" or \"text\"");
+                out.add(
+                    &format!("{at}/items"),
+                    "a model cannot write evaluation items; use \"path\" or \"text\"",
+                );
             }
         }
     }
@@ -577,12 +587,18 @@ fn check_corpus(corpus: &Corpus, at: &str, out: &mut Complaints) {
         Corpus::Path { path } => check_path(path, &format!("{at}/path"), out),
         Corpus::Hub { repo, revision, file } => {
             check_repo(repo, revision, at, out);
-            if file.is_empty() || file.contains('\0') || file.split('/').any(|part| part.is_empty() || part == "..") {
+            if file.is_empty()
+                || file.contains('\0')
+                || file.split('/').any(|part| part.is_empty() || part == "..")
+            {
                 out.add(&format!("{at}/file"), "must be the path of a file inside the repository");
             }
         }
         Corpus::Upload { .. } => {
-            out.add(&format!("{at}/from"), "uploads are not available in this version; use \"path\" or \"text\"");
+            out.add(
+                &format!("{at}/from"),
+                "uploads are not available in this version; use \"path\" or \"text\"",
+            );
         }
         Corpus::Text { text } if text.trim().is_empty() => out.add(&format!("{at}/text"), "is empty"),
         Corpus::Text { text } if text.len() > MAX_TEXT_BYTES => {

@@ -37,13 +37,21 @@ pub enum Change {
     /// The attempt produced the result.
     Finish,
     /// The attempt failed; `retries_left` says whether the limit allows another.
-    Fail { kind: FailureKind, retries_left: bool },
+    Fail {
+        kind: FailureKind,
+        retries_left: bool,
+    },
     /// The attempt stopped because it was asked to, keeping its records: the
     /// user's wish, or none when the worker is shutting down.
-    Stopped { wish: Option<Wish> },
+    Stopped {
+        wish: Option<Wish>,
+    },
     /// The lease ran out: the worker is gone. `crashes_left` says whether the
     /// job may try once more or has proved to be poison.
-    LeaseExpired { wish: Option<Wish>, crashes_left: bool },
+    LeaseExpired {
+        wish: Option<Wish>,
+        crashes_left: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -89,7 +97,9 @@ impl JobState {
             // The wish is noted; the worker hears it with its next heartbeat.
             (Self::Running, C::RequestCancel | C::RequestPause) => Self::Running,
             (Self::Running, C::Finish) => Self::Succeeded,
-            (Self::Running, C::Fail { kind, retries_left }) if kind.retryable() && retries_left => Self::Queued,
+            (Self::Running, C::Fail { kind, retries_left }) if kind.retryable() && retries_left => {
+                Self::Queued
+            }
             (Self::Running, C::Fail { .. }) => Self::Failed,
             (Self::Running, C::Stopped { wish }) => Self::stopped(wish),
             (Self::Running, C::LeaseExpired { wish: None, crashes_left: false }) => Self::Failed,
