@@ -1,0 +1,48 @@
+//! Keys and values of the tokens read so far.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::config::Config;
+use crate::engine::Result;
+
+/// One cache per layer, for `batch` sequences of at most `capacity` tokens.
+pub struct KvCache {
+    pub layers: Vec<LayerCache>,
+    /// Tokens read so far.
+    pub len: usize,
+}
+
+/// Keys and values of one layer, each `[batch, kv_heads, capacity, head_dim]`.
+pub struct LayerCache {
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl KvCache {
+    pub fn new(
+        config: &Config,
+        batch: usize,
+        capacity: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let shape = (batch, config.kv_head_count, capacity, config.head_dim);
+        let layer = |_| {
+            Ok(LayerCache {
+                keys: Tensor::zeros(shape, dtype, device)?,
+                values: Tensor::zeros(shape, dtype, device)?,
+            })
+        };
+        Ok(Self { layers: (0..config.layer_count).map(layer).collect::<Result<_>>()?, len: 0 })
+    }
+}
+
+impl LayerCache {
+    /// Writes `k`, `v` `[b, kv_heads, t, head_dim]` at position `start`; gives all up to there.
+    pub fn append(&mut self, start: usize, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        let t = k.dim(2)?;
+        self.keys.slice_set(&k.contiguous()?, 2, start)?;
+        self.values.slice_set(&v.contiguous()?, 2, start)?;
+        Ok((self.keys.narrow(2, 0, start + t)?, self.values.narrow(2, 0, start + t)?))
+    }
+}

@@ -1,0 +1,103 @@
+//! Low-rank adapters (Hu et al., arXiv 2106.09685): `y += scale · B A dropout(x)`.
+
+use candle_core::{DType, Device, Tensor, Var};
+use rayon::prelude::*;
+
+use crate::engine::Result;
+
+/// The trained part of one linear layer.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// `[rank, inputs]`, float32.
+    pub a: Var,
+    /// `[outputs, rank]`, float32.
+    pub b: Var,
+    /// alpha / rank.
+    pub scale: f64,
+    /// Share of inputs zeroed, and the stream of chance that picks them.
+    pub dropout: Option<Dropout>,
+}
+
+/// Which inputs to zero: a pure function of `key`, so that the forward pass and
+/// its recomputation in the backward pass, or a resumed run, zero the same ones.
+#[derive(Debug, Clone, Copy)]
+pub struct Dropout {
+    pub rate: f64,
+    pub key: u64,
+}
+
+impl Adapter {
+    /// A new adapter that changes nothing: `A` uniform in ±1/√inputs (kaiming
+    /// uniform with a = √5, as PEFT), `B` zero.
+    pub fn new(
+        rank: usize,
+        (outputs, inputs): (usize, usize),
+        scale: f64,
+        key: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let bound = 1.0 / (inputs as f64).sqrt();
+        let a: Vec<f32> =
+            (0..rank * inputs).map(|i| ((unit(key, i as u64) * 2.0 - 1.0) * bound) as f32).collect();
+        let a = Var::from_tensor(&Tensor::from_vec(a, (rank, inputs), device)?)?;
+        let b = Var::zeros((outputs, rank), DType::F32, device)?;
+        Ok(Self { a, b, scale, dropout: None })
+    }
+
+    /// What the adapter adds to the layer's output, for `x [m, inputs]`.
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let mut x = x.to_dtype(DType::F32)?;
+        if let Some(dropout) = self.dropout {
+            x = (&x * dropout.mask(x.dims2()?, x.device())?)?;
+        }
+        // A product of views of `a` and `b` would keep their transposes in the graph; that is their only cost.
+        x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * self.scale
+    }
+
+    /// `weight + scale · B A`, in float32, for a weight `[outputs, inputs]`.
+    pub fn merge(&self, weight: &Tensor) -> candle_core::Result<Tensor> {
+        let delta = (self.b.as_tensor().matmul(self.a.as_tensor())? * self.scale)?;
+        weight.to_dtype(DType::F32)? + delta
+    }
+
+    pub fn parameters(&self) -> usize {
+        self.a.elem_count() + self.b.elem_count()
+    }
+}
+
+impl Dropout {
+    /// 0 where dropped, 1/(1-rate) elsewhere.
+    fn mask(self, (rows, columns): (usize, usize), device: &Device) -> candle_core::Result<Tensor> {
+        let threshold = (self.rate * f64::from(1 << 16)) as u64;
+        let keep = (1.0 / (1.0 - self.rate)) as f32;
+        let mut mask = vec![0f32; rows * columns];
+        mask.par_chunks_mut(4096).enumerate().for_each(|(chunk, out)| {
+            for (i, four) in out.chunks_mut(4).enumerate() {
+                let mut bits = mix(self.key ^ mix((chunk * 1024 + i) as u64));
+                for value in four {
+                    *value = if bits & 0xffff < threshold { 0.0 } else { keep };
+                    bits >>= 16;
+                }
+            }
+        });
+        Tensor::from_vec(mask, (rows, columns), device)
+    }
+}
+
+/// The finaliser of `SplitMix64`: a counter in, an even spread of bits out.
+pub fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// One of many independent streams of chance, named by numbers.
+pub fn stream_key(parts: &[u64]) -> u64 {
+    parts.iter().fold(0, |key, part| mix(key ^ mix(*part)))
+}
+
+/// The `i`-th number of a stream, uniform in `[0, 1)`.
+pub fn unit(key: u64, i: u64) -> f64 {
+    (mix(key ^ mix(i)) >> 11) as f64 / (1u64 << 53) as f64
+}

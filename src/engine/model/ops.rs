@@ -1,0 +1,91 @@
+//! Norm, rope, softmax and products over candle tensors, with and without
+//! gradient.
+//!
+//! candle's fused operations have no backward and cut the graph in silence
+//! (`apply_op*_no_bwd`). So each function here takes the fused form only for a
+//! tensor that no gradient is asked of, and the differentiable form otherwise.
+//! This file is the only user of `candle_nn::ops` and `candle_nn::rotary_emb`.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor};
+
+/// RMS norm over the last dimension.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.track_op() {
+        candle_nn::ops::rms_norm_slow(x, weight, eps as f32)
+    } else {
+        candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)
+    }
+}
+
+/// Rotates pairs `(i, i + d/2)` of `x [b, heads, t, d]` by `cos`, `sin` `[t, d/2]`.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if x.track_op() {
+        candle_nn::rotary_emb::rope_slow(x, cos, sin)
+    } else {
+        candle_nn::rotary_emb::rope(&x.contiguous()?, cos, sin)
+    }
+}
+
+/// Softmax over the last dimension.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    if x.track_op() {
+        candle_nn::ops::softmax(x, candle_core::D::Minus1)
+    } else {
+        candle_nn::ops::softmax_last_dim(x)
+    }
+}
+
+/// `silu(gate) * up`.
+pub fn gated_silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    candle_nn::ops::silu(gate)? * up
+}
+
+/// `x [m, k]` times the transpose of a frozen `weight [n, k]`.
+pub fn frozen_product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    if x.track_op() {
+        x.contiguous()?.apply_op1(FrozenProduct { weight: weight.clone() })
+    } else {
+        x.matmul(&weight.t()?)
+    }
+}
+
+/// A product whose backward gives the gradient of `x` only. candle's own would
+/// also compute that of the frozen weight, and keep it: a third of all work.
+struct FrozenProduct {
+    weight: Tensor,
+}
+
+impl FrozenProduct {
+    fn layouts(&self, x: &Layout) -> Result<(usize, usize, usize, Layout)> {
+        let (n, k) = self.weight.dims2()?;
+        let (m, _) = x.shape().dims2()?;
+        Ok((m, n, k, Layout::contiguous_with_offset((m, k), x.start_offset())))
+    }
+}
+
+impl CustomOp1 for FrozenProduct {
+    fn name(&self) -> &'static str {
+        "frozen-product"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (m, n, k, contiguous) = self.layouts(layout)?;
+        let (weight, weight_layout) = self.weight.storage_and_layout();
+        let Storage::Cpu(weight) = &*weight else { candle_core::bail!("weight is on another device") };
+        let y = x.matmul(weight, (1, m, n, k), &contiguous, &weight_layout.transpose(0, 1)?)?;
+        Ok((y, Shape::from((m, n))))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (m, n, k, contiguous) = self.layouts(layout)?;
+        let (weight, weight_layout) = self.weight.storage_and_layout();
+        let Storage::Cuda(weight) = &*weight else { candle_core::bail!("weight is on another device") };
+        let y = x.matmul(weight, (1, m, n, k), &contiguous, &weight_layout.transpose(0, 1)?)?;
+        Ok((y, Shape::from((m, n))))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(dy.contiguous()?.matmul(&self.weight)?))
+    }
+}
