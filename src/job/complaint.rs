@@ -1,17 +1,24 @@
 //! Reading a spec so that a person hears *all* that is wrong with it at once,
 //! each with the place.
 
+use std::sync::LazyLock;
+
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::shape::{Shapes, escaped};
 use super::spec::JobSpec;
 
 /// One thing that is wrong with a spec, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Complaint {
     /// JSON pointer (RFC 6901) into the spec.
+    #[schema(example = "/prune/amount")]
     pub pointer: String,
+    #[schema(
+        example = "asks for 30 layers, but of the model's 30 at most 29 may go (keep_first 0, keep_last 1)"
+    )]
     pub message: String,
 }
 
@@ -25,146 +32,289 @@ impl std::fmt::Display for Complaint {
 const MAX_COMPLAINTS: usize = 50;
 
 impl JobSpec {
+    /// The shape of a spec, as the OpenAPI document publishes it.
+    pub fn shapes() -> &'static Shapes {
+        static SHAPES: LazyLock<Shapes> = LazyLock::new(Shapes::of::<JobSpec>);
+        &SHAPES
+    }
+
     /// Reads and validates a spec.
     ///
-    /// serde stops at the first error. So each value it stumbles over is noted,
-    /// taken out, and reading starts again, until what is left can be read.
-    ///
     /// # Errors
-    /// Every complaint about the spec, in the order they were found.
+    /// Every complaint about the spec: first those about its shape, then the
+    /// broken rules.
     pub fn read(mut value: Value) -> Result<Self, Vec<Complaint>> {
-        let mut complaints = Vec::new();
-        let spec = loop {
-            let error = match parse(&value) {
-                Ok(spec) => break Some(spec),
-                Err(error) => error,
-            };
-            if complaints.len() == MAX_COMPLAINTS || !repair(&mut value, error, &mut complaints) {
-                break None;
+        let mut complaints = Self::shapes().check("JobSpec", &mut value);
+        let spec = match parse(&value) {
+            Ok(spec) => spec,
+            Err(complaint) => {
+                // The schema says yes and serde no: only serde knows why.
+                complaints.push(complaint);
+                return Err(complaints);
             }
         };
-        let known: Vec<String> = complaints.iter().map(|c| c.pointer.clone()).collect();
-        let said =
-            |c: &Complaint| known.iter().any(|k| c.pointer.starts_with(k) || k.starts_with(&c.pointer));
-        let rules = spec.iter().flat_map(JobSpec::validate);
-        complaints.extend(rules.filter(|c| !said(c)));
-        match spec {
-            Some(spec) if complaints.is_empty() => Ok(spec),
-            _ => Err(complaints),
-        }
+        let rules = spec.validate();
+        let fresh =
+            rules.into_iter().filter(|rule| !complaints.iter().any(|c| explains(&c.pointer, &rule.pointer)));
+        let fresh: Vec<Complaint> = fresh.collect();
+        complaints.extend(fresh);
+        complaints.truncate(MAX_COMPLAINTS);
+        if complaints.is_empty() { Ok(spec) } else { Err(complaints) }
     }
 }
 
-/// Where reading stopped and why.
-#[derive(PartialEq)]
-struct Stumble {
-    path: Vec<String>,
-    message: String,
+/// Whether a broken rule at `rule` may come only from what was put in where
+/// the shape at `shape` was wrong.
+fn explains(shape: &str, rule: &str) -> bool {
+    let below =
+        |a: &str, b: &str| b.strip_prefix(a).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    // What may be said of amount and layers hangs on the strategy.
+    below(shape, rule) || below(rule, shape) || shape == "/prune/strategy" && below("/prune", rule)
 }
 
-fn parse(value: &Value) -> Result<JobSpec, Stumble> {
+fn parse(value: &Value) -> Result<JobSpec, Complaint> {
     serde_path_to_error::deserialize(value).map_err(|e| {
         use serde_path_to_error::Segment;
         let path = e.path().iter().filter_map(|segment| match segment {
-            Segment::Seq { index } => Some(index.to_string()),
-            Segment::Map { key } => Some(key.clone()),
+            Segment::Seq { index } => Some(format!("/{index}")),
+            Segment::Map { key } => Some(format!("/{}", escaped(key))),
             Segment::Enum { .. } | Segment::Unknown => None,
         });
-        Stumble { path: path.collect(), message: e.inner().to_string() }
+        Complaint { pointer: path.collect(), message: e.inner().to_string() }
     })
 }
 
-/// Notes what was stumbled over and takes it out. False when reading cannot go on.
-fn repair(value: &mut Value, stumble: Stumble, complaints: &mut Vec<Complaint>) -> bool {
-    let Stumble { mut path, message } = stumble;
-    if let Some(field) = quoted_after(&message, "missing field ") {
-        path.push(field.into());
-        let filler = match pointer(&path).as_str() {
-            "/model" => json!({"from": "path", "path": "."}),
-            "/prune" => json!({"amount": {"layers": 1}}),
-            _ => Value::Null,
-        };
-        complaints.push(Complaint { pointer: pointer(&path), message: "is required".into() });
-        if filler.is_null() {
-            // Part of a tagged value: drop the whole of it.
-            path.pop();
-            return remove(value, &path);
-        }
-        insert(value, &path, filler);
-        return true;
-    }
-    while let Some(child) = culprit(value, &path, &message) {
-        path.push(child);
-    }
-    complaints.push(Complaint { pointer: pointer(&path), message });
-    remove(value, &path)
-}
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
 
-/// serde reads tagged values (`{"from": …}`) in two steps and forgets where
-/// inside them it failed. The culprit is the child without which it fails
-/// differently, or not at all.
-fn culprit(value: &Value, path: &[String], message: &str) -> Option<String> {
-    let node = value.pointer(&pointer(path))?;
-    let keys: Vec<String> = match node {
-        Value::Object(map) => map.keys().cloned().collect(),
-        Value::Array(items) => (0..items.len()).map(|i| i.to_string()).collect(),
-        _ => return None,
-    };
-    if let Some(field) = quoted_after(message, "unknown field ").filter(|f| keys.iter().any(|k| k == f)) {
-        return Some(field.into());
+    use super::*;
+
+    /// Every field of every shape once.
+    fn full() -> Value {
+        json!({
+            "name": "n", "labels": {"team": "nlp"}, "preset": "seed", "seed": 7,
+            "model": {"from": "hub", "repo": "org/name", "revision": "main"},
+            "calibration": {
+                "corpus": {"from": "hub", "repo": "allenai/c4", "file": "a/b.jsonl", "revision": "main"},
+                "samples": 4, "seq_len": 16, "position": "mean", "distance": "cosine", "batch_size": 2
+            },
+            "prune": {"amount": {"fraction": 0.3}, "strategy": "block_sum", "keep_first": 1, "keep_last": 2},
+            "heal": [{
+                "method": "qlora", "corpus": {"from": "model", "tokens": 5}, "rank": 8, "alpha": 8.5, "dropout": 0.1,
+                "targets": ["up_proj"], "bits": 8, "learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 1,
+                "steps": 10, "batch_size": 2, "seq_len": 16, "weight_decay": 0.1, "checkpoint_every": 5
+            }, {"method": "qlora"}],
+            "eval": {
+                "perplexity": [{"from": "text", "text": "words"}, {"from": "path", "path": "x.txt"}],
+                "tasks": [{"task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3}],
+                "speed": false, "seq_len": 32
+            },
+            "export": {"dtype": "f16"}
+        })
     }
-    let is_tag = |key: &str| matches!(key, "from" | "method");
-    if message.starts_with("unknown variant") {
-        if let Some(tag) = keys.iter().find(|k| is_tag(k)) {
-            return Some(tag.clone());
+
+    fn pointers(spec: Value) -> Vec<String> {
+        JobSpec::read(spec).unwrap_err().into_iter().map(|c| c.pointer).collect()
+    }
+
+    /// All places in `value`, the whole of it first.
+    fn places(value: &Value, at: &str, found: &mut Vec<String>) {
+        found.push(at.to_string());
+        match value {
+            Value::Object(map) => {
+                map.iter().for_each(|(key, v)| places(v, &format!("{at}/{}", escaped(key)), found));
+            }
+            Value::Array(items) => {
+                items.iter().enumerate().for_each(|(i, v)| places(v, &format!("{at}/{i}"), found));
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
         }
     }
-    keys.into_iter().filter(|key| !is_tag(key)).find(|key| {
-        let mut without = value.clone();
-        let mut child = path.to_vec();
-        child.push(key.clone());
-        remove(&mut without, &child);
-        match parse(&without) {
-            Ok(_) => true,
-            Err(other) => {
-                other.message != message || other.path.as_slice() != path && !other.path.starts_with(path)
+
+    #[test]
+    fn the_least_spec_and_the_fullest_are_accepted_and_come_back_the_same() {
+        JobSpec::read(json!({"model": {"from": "path", "path": "m"}, "prune": {"amount": {"layers": 1}}}))
+            .unwrap();
+        let spec = JobSpec::read(full()).unwrap();
+        assert_eq!(JobSpec::read(serde_json::to_value(&spec).unwrap()).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_wrong_value_anywhere_is_complained_of_at_its_own_place_and_nowhere_else() {
+        let mut all = Vec::new();
+        places(&full(), "", &mut all);
+        assert!(all.len() > 60);
+        // No field takes an array of booleans; every other kind of value fits somewhere.
+        for at in all {
+            let mut spec = full();
+            *spec.pointer_mut(&at).unwrap() = json!([true]);
+            let expected = match at.as_str() {
+                "/eval/perplexity" | "/eval/tasks" | "/heal" | "/heal/0/targets" => format!("{at}/0"),
+                _ => at,
+            };
+            assert_eq!(pointers(spec), [expected]);
+        }
+    }
+
+    #[test]
+    fn shape_and_serde_agree_on_every_small_change_of_a_spec() {
+        let mut all = Vec::new();
+        places(&full(), "", &mut all);
+        let values = [
+            json!(null),
+            json!(true),
+            json!(0),
+            json!(3),
+            json!(-1),
+            json!(1.5),
+            json!(5_000_000_000_u64),
+            json!(""),
+            json!("main"),
+            json!([]),
+            json!([1]),
+            json!({}),
+            json!({"from": "model"}),
+            json!({"layers": 2}),
+            json!({"method": "qlora", "from": 1}),
+            json!({"from": "job", "job_id": "no"}),
+        ];
+        let mut accepted = 0;
+        for at in &all {
+            for value in &values {
+                let mut spec = full();
+                *spec.pointer_mut(at).unwrap() = value.clone();
+                let shape = JobSpec::shapes().check("JobSpec", &mut spec.clone());
+                // serde takes an array for a struct; we do not.
+                let positional =
+                    value.is_array() && shape.iter().any(|c| c.message.contains("must be an object"));
+                if !positional {
+                    assert_eq!(parse(&spec).is_ok(), shape.is_empty(), "{at} = {value}: {shape:?}");
+                }
+                accepted += usize::from(shape.is_empty());
+                let mut mended = spec;
+                JobSpec::shapes().check("JobSpec", &mut mended);
+                parse(&mended).unwrap();
             }
         }
-    })
-}
-
-fn remove(value: &mut Value, path: &[String]) -> bool {
-    let Some((last, parent)) = path.split_last() else { return false };
-    match value.pointer_mut(&pointer(parent)) {
-        Some(Value::Object(map)) if matches!(last.as_str(), "from" | "method") => {
-            // A tag gone means the whole value is gone.
-            map.clear();
-            remove(value, parent)
-        }
-        Some(Value::Object(map)) => map.shift_remove(last).is_some(),
-        Some(Value::Array(items)) => last.parse().is_ok_and(|i: usize| {
-            let inside = i < items.len();
-            if inside {
-                items.remove(i);
-            }
-            inside
-        }),
-        _ => false,
+        assert!(accepted > 50, "the changes are too wild to mean anything: {accepted}");
     }
-}
 
-fn insert(value: &mut Value, path: &[String], filler: Value) {
-    if let Some((last, parent)) = path.split_last() {
-        if let Some(Value::Object(map)) = value.pointer_mut(&pointer(parent)) {
-            map.insert(last.clone(), filler);
+    #[test]
+    fn unknown_fields_at_every_depth_are_all_named_at_once() {
+        let mut spec = full();
+        let objects = [
+            "",
+            "/model",
+            "/calibration",
+            "/calibration/corpus",
+            "/prune",
+            "/heal/0",
+            "/heal/0/corpus",
+            "/heal/1",
+            "/eval",
+            "/eval/perplexity/0",
+            "/eval/perplexity/1",
+            "/eval/tasks/0",
+            "/eval/tasks/0/items",
+            "/export",
+        ];
+        for at in objects {
+            spec.pointer_mut(at).unwrap()["un/known"] = json!(1);
+        }
+        let mut found = pointers(spec);
+        let mut expected: Vec<_> = objects.iter().map(|at| format!("{at}/un~1known")).collect();
+        found.sort();
+        expected.sort();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn missing_fields_are_named_where_they_should_stand() {
+        assert_eq!(pointers(json!({})), ["/model", "/prune"]);
+        assert_eq!(pointers(json!({"model": {}, "prune": {}})), ["/model/from", "/prune/amount"]);
+        let spec = json!({
+            "model": {"from": "path"}, "prune": {"amount": {}},
+            "eval": {"tasks": [{}, {"task": "b", "items": {"from": "text"}}]}
+        });
+        let expected = [
+            "/model/path",
+            "/prune/amount",
+            "/eval/tasks/0/task",
+            "/eval/tasks/0/items",
+            "/eval/tasks/1/items/text",
+        ];
+        assert_eq!(pointers(spec), expected);
+    }
+
+    #[test]
+    fn an_error_in_a_list_does_not_shift_the_place_of_the_next() {
+        let spec = json!({
+            "model": {"from": "path", "path": "m"}, "prune": {"amount": {"layers": 1}},
+            "heal": [{"method": "magic"}, {"method": "qlora", "rank": "a"}, {"method": "qlora", "bits": 5}, {"rank": 1}],
+            "eval": {"perplexity": [{"from": "moon"}, {"from": "text", "text": ""}]}
+        });
+        let expected = [
+            "/heal/0/method",
+            "/heal/1/rank",
+            "/heal/2/bits",
+            "/heal/3/method",
+            "/eval/perplexity/0/from",
+            "/eval/perplexity/1/text",
+        ];
+        assert_eq!(pointers(spec), expected);
+    }
+
+    #[test]
+    fn broken_rules_are_told_together_with_wrong_shapes() {
+        let spec = json!({
+            "name": "", "model": {"from": "path", "path": 5}, "prune": {"amount": {"layers": 0}, "strategi": "x"},
+            "calibration": {"samples": 0, "seq_len": "long"}
+        });
+        let expected = [
+            "/model/path",
+            "/prune/strategi",
+            "/calibration/seq_len",
+            "/name",
+            "/calibration/samples",
+            "/prune/amount/layers",
+        ];
+        let mut found = pointers(spec);
+        let mut expected: Vec<_> = expected.map(String::from).into();
+        found.sort();
+        expected.sort();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn an_unknown_strategy_brings_no_complaint_about_the_layers_it_may_have_meant() {
+        let spec =
+            json!({"model": {"from": "path", "path": "m"}, "prune": {"strategy": "expicit", "layers": [1]}});
+        assert_eq!(pointers(spec), ["/prune/strategy"]);
+    }
+
+    #[test]
+    fn an_amount_is_layers_or_fraction_and_never_both() {
+        for (amount, at) in [
+            (json!({"layers": 1, "fraction": 0.1}), "/prune/amount"),
+            (json!({"percent": 3}), "/prune/amount/percent"),
+            (json!({"layers": 1.5}), "/prune/amount/layers"),
+            (json!({"fraction": 1.0}), "/prune/amount/fraction"),
+            (json!("all"), "/prune/amount"),
+        ] {
+            let spec = json!({"model": {"from": "path", "path": "m"}, "prune": {"amount": amount}});
+            assert_eq!(pointers(spec), [at], "{amount}");
         }
     }
-}
 
-fn pointer(path: &[String]) -> String {
-    path.iter().map(|p| format!("/{}", p.replace('~', "~0").replace('/', "~1"))).collect()
-}
-
-fn quoted_after<'a>(message: &'a str, intro: &str) -> Option<&'a str> {
-    message.strip_prefix(intro)?.strip_prefix('`')?.split('`').next()
+    #[test]
+    fn messages_stay_short_whatever_is_sent() {
+        let long = "x".repeat(1 << 20);
+        let complaints =
+            JobSpec::read(json!({"model": {"from": long}, "prune": long, "preset": long})).unwrap_err();
+        assert!(complaints.iter().all(|c| c.message.len() < 300), "{complaints:?}");
+        let many: serde_json::Map<_, _> = (0..1000).map(|i| (format!("f{i}"), json!(i))).collect();
+        assert_eq!(JobSpec::read(Value::Object(many)).unwrap_err().len(), MAX_COMPLAINTS);
+    }
 }

@@ -8,5 +8,7 @@ pub mod complaint;
 pub mod preset;
 pub mod progress;
 pub mod report;
+pub mod rules;
+pub mod shape;
 pub mod spec;
 pub mod state;

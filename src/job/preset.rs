@@ -25,7 +25,6 @@ pub struct QloraSettings {
     pub alpha: f64,
     pub dropout: f64,
     pub targets: Vec<String>,
-    #[schema(value_type = u8, example = 4)]
     pub bits: BaseBits,
     pub learning_rate: f64,
     pub schedule: Schedule,

@@ -1,12 +1,13 @@
-//! What is asked: the job spec, its defaults and the rules it must keep.
+//! What is asked: the job spec and its defaults. The rules it must keep are in
+//! [`super::rules`].
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::openapi::schema::{ObjectBuilder, Type};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 use uuid::Uuid;
-
-use super::complaint::Complaint;
 
 /// One pruning job, as a person writes it. Everything but `model` and
 /// `prune.amount` has a default.
@@ -231,9 +232,7 @@ pub struct QloraSpec {
     /// Linear layers that get an adapter, by name: `q_proj`, …, `down_proj`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub targets: Option<Vec<String>>,
-    /// Bits per weight of the frozen base: 4, 8 or 16.
     #[serde(default)]
-    #[schema(value_type = u8, example = 4)]
     pub bits: BaseBits,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
@@ -291,6 +290,19 @@ impl From<BaseBits> for u8 {
         }
     }
 }
+
+/// The numbers themselves, which a derive over the names cannot know.
+impl PartialSchema for BaseBits {
+    fn schema() -> RefOr<Schema> {
+        ObjectBuilder::new()
+            .schema_type(Type::Integer)
+            .description(Some("Bits per weight of the frozen base while adapters are trained."))
+            .enum_values(Some([4, 8, 16]))
+            .into()
+    }
+}
+
+impl ToSchema for BaseBits {}
 
 /// How the learning rate moves after warm-up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -364,272 +376,4 @@ const fn one() -> u32 {
 
 fn default_heal() -> Vec<HealMethod> {
     vec![HealMethod::Qlora(QloraSpec::default())]
-}
-
-/// Longest window and largest counts accepted: beyond any model in the field,
-/// small enough that no product of them overflows.
-const MAX_SEQ_LEN: u32 = 1 << 20;
-const MAX_COUNT: u32 = 1 << 24;
-const MAX_TEXT_BYTES: usize = 8 << 20;
-
-impl JobSpec {
-    /// All that is wrong with the spec and can be known without the model.
-    #[must_use]
-    pub fn validate(&self) -> Vec<Complaint> {
-        let mut out = Complaints::default();
-        self.check_names(&mut out);
-        self.check_model(&mut out);
-        let c = &self.calibration;
-        check_corpus(&c.corpus, "/calibration/corpus", &mut out);
-        out.range("/calibration/samples", c.samples, 1, MAX_COUNT);
-        out.range("/calibration/seq_len", c.seq_len, 2, MAX_SEQ_LEN);
-        out.range("/calibration/batch_size", c.batch_size, 1, 4096);
-        self.check_prune(&mut out);
-        for (i, HealMethod::Qlora(q)) in self.heal.iter().enumerate() {
-            check_qlora(q, &format!("/heal/{i}"), &mut out);
-        }
-        self.check_eval(&mut out);
-        if !self.export.gguf.is_empty() {
-            out.add("/export/gguf", "GGUF export is not available in this version; leave it out");
-        }
-        out.0
-    }
-
-    /// All that is wrong with the spec for a model of `layer_count` layers.
-    #[must_use]
-    pub fn validate_for(&self, layer_count: u32) -> Vec<Complaint> {
-        let mut out = Complaints::default();
-        let p = &self.prune;
-        if let (Strategy::Explicit, Some(layers)) = (p.strategy, &p.layers) {
-            for (i, l) in layers.iter().enumerate().filter(|(_, l)| **l >= layer_count) {
-                out.add(
-                    &format!("/prune/layers/{i}"),
-                    format!("layer {l} does not exist: the model has layers 0 to {}", layer_count - 1),
-                );
-            }
-            if layers.len() >= layer_count as usize {
-                out.add(
-                    "/prune/layers",
-                    format!("at least one of the model's {layer_count} layers must stay"),
-                );
-            }
-        } else if let Some(amount) = p.amount {
-            let n = amount.layers(layer_count);
-            let free = layer_count.saturating_sub(p.keep_first).saturating_sub(p.keep_last);
-            let most = free.min(layer_count.saturating_sub(1));
-            if n > most {
-                let (first, last) = (p.keep_first, p.keep_last);
-                out.add(
-                    "/prune/amount",
-                    format!(
-                        "asks for {n} layers, but of the model's {layer_count} at most {most} may go \
-                         (keep_first {first}, keep_last {last})"
-                    ),
-                );
-            }
-        }
-        out.0
-    }
-
-    fn check_names(&self, out: &mut Complaints) {
-        if self.name.as_ref().is_some_and(|n| n.is_empty() || n.chars().count() > 200) {
-            out.add("/name", "must have 1 to 200 characters");
-        }
-        if self.labels.len() > 64 {
-            out.add("/labels", "at most 64 labels");
-        }
-        for (key, value) in &self.labels {
-            if key.is_empty() || key.len() > 64 || value.len() > 256 {
-                let key = key.replace('~', "~0").replace('/', "~1");
-                out.add(&format!("/labels/{key}"), "a key has 1 to 64 bytes, a value at most 256");
-            }
-        }
-    }
-
-    fn check_model(&self, out: &mut Complaints) {
-        match &self.model {
-            ModelSource::Hub { repo, revision } => check_repo(repo, revision, "/model", out),
-            ModelSource::Path { path } => check_path(path, "/model/path", out),
-            ModelSource::S3 { .. } => out.add(
-                "/model/from",
-                "models from S3 are not available in this version; use \"hub\", \"path\" or \"job\"",
-            ),
-            ModelSource::Job { .. } => {}
-        }
-    }
-
-    fn check_prune(&self, out: &mut Complaints) {
-        let p = &self.prune;
-        match (p.strategy, &p.layers, p.amount) {
-            (Strategy::Explicit, None, _) => {
-                out.add("/prune/layers", "name the layers to drop, e.g. [20, 21, 22]");
-            }
-            (Strategy::Explicit, Some(layers), amount) => {
-                let mut unique = layers.clone();
-                unique.sort_unstable();
-                unique.dedup();
-                if layers.is_empty() {
-                    out.add("/prune/layers", "name at least one layer");
-                } else if unique.len() != layers.len() {
-                    out.add("/prune/layers", "names a layer twice");
-                }
-                if amount.is_some() {
-                    out.add("/prune/amount", "leave it out: with \"explicit\", `layers` says how many");
-                }
-            }
-            (_, Some(_), _) => out.add("/prune/layers", "only with \"strategy\": \"explicit\""),
-            (_, None, None) => {
-                out.add("/prune/amount", "required: {\"layers\": n} or {\"fraction\": 0.0 to 1.0}");
-            }
-            (_, None, Some(PruneAmount::Layers(0))) => {
-                out.add("/prune/amount/layers", "must be at least 1");
-            }
-            (_, None, Some(PruneAmount::Fraction(f))) if !(f > 0.0 && f < 1.0) => {
-                out.add("/prune/amount/fraction", "must be more than 0 and less than 1");
-            }
-            (_, None, Some(_)) => {}
-        }
-        out.range("/prune/keep_first", p.keep_first, 0, MAX_COUNT);
-        out.range("/prune/keep_last", p.keep_last, 0, MAX_COUNT);
-    }
-
-    fn check_eval(&self, out: &mut Complaints) {
-        out.range("/eval/seq_len", self.eval.seq_len, 2, MAX_SEQ_LEN);
-        for (i, corpus) in self.eval.perplexity.iter().enumerate() {
-            let at = format!("/eval/perplexity/{i}");
-            check_corpus(corpus, &at, out);
-            self.check_leak(corpus, &at, out);
-        }
-        for (i, task) in self.eval.tasks.iter().enumerate() {
-            let at = format!("/eval/tasks/{i}");
-            if task.task.is_empty() || task.task.len() > 100 {
-                out.add(&format!("{at}/task"), "must have 1 to 100 characters");
-            }
-            if self.eval.tasks[..i].iter().any(|t| t.task == task.task) {
-                out.add(
-                    &format!("{at}/task"),
-                    format!("`{}` is there already; names must differ", task.task),
-                );
-            }
-            if task.limit == Some(0) {
-                out.add(&format!("{at}/limit"), "must be at least 1");
-            }
-            check_corpus(&task.items, &format!("{at}/items"), out);
-            if matches!(task.items, Corpus::Model { .. }) {
-                out.add(
-                    &format!("{at}/items"),
-                    "a model cannot write evaluation items; use \"path\" or \"text\"",
-                );
-            }
-        }
-    }
-
-    /// Healing on the text that judges the healing would flatter it.
-    fn check_leak(&self, corpus: &Corpus, at: &str, out: &mut Complaints) {
-        let healed_on = self.heal.iter().any(|HealMethod::Qlora(q)| q.corpus == *corpus);
-        if healed_on && !matches!(corpus, Corpus::Model { .. }) {
-            out.add(at, "is the text the job heals on; measure on text that healing never sees");
-        }
-    }
-}
-
-#[derive(Default)]
-struct Complaints(Vec<Complaint>);
-
-impl Complaints {
-    fn add(&mut self, pointer: &str, message: impl Into<String>) {
-        self.0.push(Complaint { pointer: pointer.into(), message: message.into() });
-    }
-
-    fn range(&mut self, pointer: &str, value: u32, low: u32, high: u32) {
-        if !(low..=high).contains(&value) {
-            self.add(pointer, format!("must be from {low} to {high}, not {value}"));
-        }
-    }
-
-    fn positive(&mut self, pointer: &str, value: Option<f64>, high: f64) {
-        if value.is_some_and(|v| !(v > 0.0 && v <= high)) {
-            self.add(pointer, format!("must be more than 0 and at most {high}"));
-        }
-    }
-}
-
-fn check_qlora(q: &QloraSpec, at: &str, out: &mut Complaints) {
-    check_corpus(&q.corpus, &format!("{at}/corpus"), out);
-    let counts = [
-        ("rank", q.rank, 1, 1024),
-        ("steps", q.steps, 1, MAX_COUNT),
-        ("batch_size", q.batch_size, 1, 4096),
-        ("seq_len", q.seq_len, 2, MAX_SEQ_LEN),
-        ("checkpoint_every", q.checkpoint_every, 1, MAX_COUNT),
-        ("warmup_steps", q.warmup_steps, 0, MAX_COUNT),
-    ];
-    for (name, value, low, high) in counts {
-        if let Some(value) = value {
-            out.range(&format!("{at}/{name}"), value, low, high);
-        }
-    }
-    out.positive(&format!("{at}/alpha"), q.alpha, 65_536.0);
-    out.positive(&format!("{at}/learning_rate"), q.learning_rate, 1.0);
-    if q.dropout.is_some_and(|d| !(0.0..1.0).contains(&d)) {
-        out.add(&format!("{at}/dropout"), "must be at least 0 and less than 1");
-    }
-    if q.weight_decay.is_some_and(|d| !(0.0..=1.0).contains(&d)) {
-        out.add(&format!("{at}/weight_decay"), "must be from 0 to 1");
-    }
-    if q.targets.as_ref().is_some_and(Vec::is_empty) {
-        out.add(&format!("{at}/targets"), "name at least one linear layer, e.g. \"down_proj\"");
-    }
-}
-
-fn check_corpus(corpus: &Corpus, at: &str, out: &mut Complaints) {
-    match corpus {
-        Corpus::Path { path } => check_path(path, &format!("{at}/path"), out),
-        Corpus::Hub { repo, revision, file } => {
-            check_repo(repo, revision, at, out);
-            if file.is_empty()
-                || file.contains('\0')
-                || file.split('/').any(|part| part.is_empty() || part == "..")
-            {
-                out.add(&format!("{at}/file"), "must be the path of a file inside the repository");
-            }
-        }
-        Corpus::Upload { .. } => {
-            out.add(
-                &format!("{at}/from"),
-                "uploads are not available in this version; use \"path\" or \"text\"",
-            );
-        }
-        Corpus::Text { text } if text.trim().is_empty() => out.add(&format!("{at}/text"), "is empty"),
-        Corpus::Text { text } if text.len() > MAX_TEXT_BYTES => {
-            out.add(&format!("{at}/text"), "is longer than 8 MiB; put it into a file");
-        }
-        Corpus::Model { tokens: Some(0) } => out.add(&format!("{at}/tokens"), "must be at least 1"),
-        Corpus::Text { .. } | Corpus::Model { .. } => {}
-    }
-}
-
-fn check_path(path: &str, at: &str, out: &mut Complaints) {
-    if path.is_empty() || path.contains('\0') {
-        out.add(at, "must be the path of a file or directory");
-    }
-}
-
-/// `owner/name` and a revision, in the Hub's own alphabet: nothing that could
-/// climb out of a cache directory or change a URL.
-fn check_repo(repo: &str, revision: &str, at: &str, out: &mut Complaints) {
-    let plain = |s: &str| {
-        !s.is_empty()
-            && s.len() <= 96
-            && !s.starts_with(['.', '-'])
-            && !s.contains("..")
-            && s.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-    };
-    let parts: Vec<&str> = repo.split('/').collect();
-    if parts.len() > 2 || !parts.iter().all(|p| plain(p)) {
-        out.add(&format!("{at}/repo"), "must look like owner/name");
-    }
-    if !revision.split('/').all(plain) {
-        out.add(&format!("{at}/revision"), "must be a branch, a tag or a commit");
-    }
 }
