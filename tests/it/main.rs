@@ -2,3 +2,5 @@
 #![allow(clippy::unwrap_used)]
 
 mod support;
+#[cfg(feature = "engine")]
+mod tiny;

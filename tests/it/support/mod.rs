@@ -1,1 +1,4 @@
 //! What tests share: tiny models, a private database, a running service.
+
+#[cfg(feature = "engine")]
+pub mod tiny;
