@@ -9,8 +9,7 @@ fn every_family_opens_sharded_or_not() {
     for tiny in [Tiny::llama(), Tiny::mistral(), Tiny::qwen2()] {
         for shards in [1, 3] {
             let dir = tempfile::tempdir().unwrap();
-            let checkpoint =
-                Checkpoint::open(&Tiny { shards, ..tiny.clone() }.write(dir.path())).unwrap();
+            let checkpoint = Checkpoint::open(&Tiny { shards, ..tiny.clone() }.write(dir.path())).unwrap();
             assert_eq!(checkpoint.config().layer_count, 6);
         }
     }

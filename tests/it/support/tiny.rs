@@ -248,7 +248,8 @@ fn tokenizer_json() -> Value {
         };
         vocab.insert(char::from_u32(code).unwrap().to_string(), json!(byte));
     }
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [{
