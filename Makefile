@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh Debian machine:
+#   make demo   prune, heal and measure a real language model through the HTTP API
+#   make test   every check a change must pass
+# Both install what they need. The rest is for daily work.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test check openapi clean-demo
+
+binary = $(or $(CARGO_TARGET_DIR),target)/release/secateur
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make demo        prune, heal and measure SmolLM2-135M through the API; leaves demo-result/
+demo:
+	scripts/install.sh cargo postgres python
+	cargo build --release --locked
+	scripts/fetch_model.py
+	scripts/demo.py --binary $(binary)
+
+## make test        formatting, lints, walls, licences, docs and all tests
+test:
+	scripts/install.sh cargo postgres rust-components cargo-deny
+	scripts/test.sh
+
+## make check       what to run before each commit: formatting and lints
+check:
+	cargo fmt
+	cargo clippy --locked --all-targets -- -D warnings
+
+## make openapi     write openapi/openapi.json anew after a change of the API
+openapi:
+	mkdir -p openapi
+	cargo run --locked -- openapi > openapi/openapi.json.new
+	mv openapi/openapi.json.new openapi/openapi.json
+
+## make clean-demo  remove what the demo left
+clean-demo:
+	rm -rf demo-result

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Every check a change must pass. The last line is the count of the tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cache=${SECATEUR_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/secateur}
+export PATH="$PATH:$cache/tools/bin"
+engine=(--no-default-features --features engine)
+service=(--no-default-features --features service)
+
+step() { printf '\n== %s\n' "$*"; }
+
+# wall ROOM FORBIDDEN FEATURES…: the room's dependencies must not hold the forbidden crates.
+wall() {
+  local room=$1 forbidden=$2 found
+  shift 2
+  # Apart from the test, or a failing `cargo tree` would look like a clean one.
+  found=$(cargo tree --locked --edges no-dev --prefix none --format '{p}' "$@")
+  if found=$(grep -E "^($forbidden)(-[a-z-]+)? v" <<<"$found" | sort -u); then
+    printf 'the %s must not depend on:\n%s\n' "$room" "$found" >&2
+    return 1
+  fi
+}
+
+step "Formatting"
+cargo fmt --check
+
+step "Walls between the rooms"
+wall engine 'axum|sqlx|tokio|hyper|utoipa-axum' "${engine[@]}"
+wall service 'candle|tokenizers|safetensors' "${service[@]}"
+
+step "Licences, sources and banned crates"
+cargo deny --locked check bans licenses sources
+
+step "Lints"
+cargo clippy --locked --all-targets -- -D warnings
+cargo clippy --locked --all-targets "${engine[@]}" -- -D warnings
+cargo clippy --locked --all-targets "${service[@]}" -- -D warnings
+
+step "Documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+step "Tests"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+status=0
+cargo test --locked --no-fail-fast 2>&1 | tee "$log" || status=$?
+
+# One line for all test binaries; a run without a test is no proof.
+awk -v status="$status" '
+  /^test result:/ { passed += $4; failed += $6; ignored += $8 }
+  END {
+    if (ignored) printf "%d ignored\n", ignored
+    printf "%d passed, %d failed\n", passed, failed
+    exit status != 0 || failed > 0 || passed == 0
+  }' "$log"
