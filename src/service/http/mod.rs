@@ -1,1 +1,66 @@
-//! The HTTP surface.
+//! The HTTP surface: one router, every refusal a problem (RFC 9457).
+
+use std::sync::Arc;
+
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::get;
+use axum::{Json, Router};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use admission::Roots;
+pub use auth::{ApiKey, may_bind};
+pub use openapi::document;
+
+mod admission;
+mod auth;
+mod edge;
+mod extract;
+mod health;
+mod openapi;
+mod page;
+mod problem;
+mod range;
+mod weights;
+
+/// What every request can reach.
+#[derive(Clone)]
+pub struct AppState {
+    /// Where models and corpora of jobs may lie.
+    pub roots: Roots,
+    /// The key that opens the API; without one only this machine may call.
+    pub key: Option<Arc<ApiKey>>,
+    /// Cancelled when the service begins to shut down.
+    pub shutdown: CancellationToken,
+}
+
+/// Every route and what stands before them.
+pub fn router(state: AppState) -> Router {
+    health::start_recording();
+    let (routes, document) = openapi::routes().split_for_parts();
+    let document = openapi::finish(document);
+    routes
+        .route("/", get(page::landing))
+        .route("/problems", get(problem::all))
+        .route("/problems/{name}", get(problem::about))
+        .route("/openapi.json", get(async move || Json(document)))
+        .merge(openapi::viewer())
+        .fallback(edge::route_not_found)
+        .method_not_allowed_fallback(edge::method_not_allowed)
+        .layer(from_fn(edge::timeout))
+        .layer(from_fn_with_state(state.clone(), auth::check))
+        .layer(CatchPanicLayer::custom(edge::panicked))
+        .layer(from_fn(edge::edge))
+        .with_state(state)
+}
+
+/// Serves until `state.shutdown` is cancelled and the last answer is given.
+/// Event streams end by themselves when it is (axum would wait for them).
+///
+/// # Errors
+/// When the listener fails.
+pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()> {
+    let shutdown = state.shutdown.clone();
+    axum::serve(listener, router(state)).with_graceful_shutdown(shutdown.cancelled_owned()).await
+}

@@ -1,0 +1,124 @@
+//! What a spec may name on this machine, and whether the model can be cut so.
+
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use super::weights;
+use crate::job::complaint::Complaint;
+use crate::job::spec::{Corpus, HealMethod, JobSpec, ModelSource};
+
+/// The directories models and corpora may lie in.
+#[derive(Debug, Clone, Default)]
+pub struct Roots(Arc<[PathBuf]>);
+
+impl Roots {
+    /// # Errors
+    /// A root that is no directory, by its name.
+    pub fn new(roots: &[PathBuf]) -> Result<Self, String> {
+        let real = roots.iter().map(|root| match root.canonicalize() {
+            Ok(real) if real.is_dir() => Ok(real),
+            Ok(_) => Err(format!("the root {} is not a directory", root.display())),
+            Err(e) => Err(format!("the root {} cannot be used: {e}", root.display())),
+        });
+        real.collect::<Result<_, _>>().map(Self)
+    }
+
+    /// The real path of `path` when it exists below a root. Of what lies
+    /// elsewhere nothing is told, not even whether it is there.
+    fn find(&self, path: &str) -> Result<PathBuf, String> {
+        let outside = || {
+            let roots: Vec<_> = self.0.iter().map(|r| r.display().to_string()).collect();
+            match roots.as_slice() {
+                [] => "may not be read: this service was started without --root".to_string(),
+                roots => format!("may not be read: it must be an absolute path below {}", roots.join(" or ")),
+            }
+        };
+        let path = Path::new(path);
+        if !path.is_absolute() {
+            return Err(outside());
+        }
+        match path.canonicalize() {
+            Ok(real) if self.holds(&real) => Ok(real),
+            Ok(_) => Err(outside()),
+            Err(_) if self.holds_parent(path) => Err("does not exist, or may not be read".into()),
+            Err(_) => Err(outside()),
+        }
+    }
+
+    fn holds(&self, real: &Path) -> bool {
+        self.0.iter().any(|root| real.starts_with(root))
+    }
+
+    /// Whether what there is of a missing path lies below a root.
+    fn holds_parent(&self, path: &Path) -> bool {
+        if path.components().any(|part| part == Component::ParentDir) {
+            return false;
+        }
+        let real = path.ancestors().skip(1).find_map(|ancestor| ancestor.canonicalize().ok());
+        real.is_some_and(|real| self.holds(&real))
+    }
+}
+
+/// Checks what `spec` names on this machine and makes its paths absolute and
+/// real, so that the worker opens what was checked. Reads files: not for an
+/// async thread.
+///
+/// # Errors
+/// Every complaint.
+pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
+    let mut complaints = Vec::new();
+    let mut complain = |pointer: String, message: String| complaints.push(Complaint { pointer, message });
+    let mut layers = None;
+    if let ModelSource::Path { path } = &mut spec.model {
+        let found =
+            roots.find(path).and_then(|real| utf8(&real).map(|text| (text, weights::layer_count(&real))));
+        match found {
+            Ok((real, Ok(count))) => (*path, layers) = (real, Some(count)),
+            Ok((_, Err(message))) | Err(message) => complain("/model/path".into(), message),
+        }
+    }
+    for (pointer, corpus) in corpora(spec) {
+        if let Corpus::Path { path } = corpus {
+            match roots.find(path).and_then(|real| corpus_file(&real)) {
+                Ok(real) => *path = real,
+                Err(message) => complain(format!("{pointer}/path"), message),
+            }
+        }
+    }
+    complaints.extend(layers.into_iter().flat_map(|count| spec.validate_for(count)));
+    if complaints.is_empty() {
+        // Two spellings of one path are one text now: healing and judging on it shows.
+        complaints = spec.validate();
+    }
+    if complaints.is_empty() { Ok(()) } else { Err(complaints) }
+}
+
+fn corpus_file(real: &Path) -> Result<String, String> {
+    let meta = real.metadata().map_err(|_| "does not exist, or may not be read".to_string())?;
+    if !meta.is_file() {
+        return Err("must be a file: .txt, .jsonl or .parquet, plain or gzip/zstd-compressed".into());
+    }
+    if meta.len() == 0 {
+        return Err("is empty; it must hold text".into());
+    }
+    utf8(real)
+}
+
+fn utf8(path: &Path) -> Result<String, String> {
+    path.to_str().map(String::from).ok_or_else(|| "must be UTF-8".into())
+}
+
+/// Every corpus of the spec and its place.
+fn corpora(spec: &mut JobSpec) -> Vec<(String, &mut Corpus)> {
+    let mut all = vec![("/calibration/corpus".to_string(), &mut spec.calibration.corpus)];
+    for (i, HealMethod::Qlora(qlora)) in spec.heal.iter_mut().enumerate() {
+        all.push((format!("/heal/{i}/corpus"), &mut qlora.corpus));
+    }
+    all.extend(
+        spec.eval.perplexity.iter_mut().enumerate().map(|(i, c)| (format!("/eval/perplexity/{i}"), c)),
+    );
+    all.extend(
+        spec.eval.tasks.iter_mut().enumerate().map(|(i, t)| (format!("/eval/tasks/{i}/items"), &mut t.items)),
+    );
+    all
+}

@@ -1,0 +1,183 @@
+//! Who may call: an API key, or nobody but programs on this machine.
+
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, Method, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
+use super::AppState;
+use super::problem::{Code, Problem};
+
+/// A key that opens the API: `sct_<8 characters>_<secret>`. The secret is kept
+/// as its sha256 only; it is long and random, so no slow hash is needed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ApiKey {
+    /// The eight characters: they may be shown and logged.
+    pub id: String,
+    digest: [u8; 32],
+}
+
+impl ApiKey {
+    fn opens_with(&self, presented: &str) -> bool {
+        let digest: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
+        self.digest.ct_eq(&digest).into()
+    }
+}
+
+impl std::fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ApiKey({})", self.id)
+    }
+}
+
+impl FromStr for ApiKey {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            "an API key looks like sct_<8 letters or digits>_<secret of 24 characters or more>".to_string()
+        };
+        let (id, secret) =
+            text.strip_prefix("sct_").and_then(|rest| rest.split_once('_')).ok_or_else(wrong)?;
+        let plain = |s: &str| s.bytes().all(|b| b.is_ascii_alphanumeric());
+        if id.len() != 8 || !plain(id) || secret.len() < 24 || !secret.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(wrong());
+        }
+        Ok(Self { id: id.into(), digest: Sha256::digest(text.as_bytes()).into() })
+    }
+}
+
+/// Whether the API may listen at `addr`.
+///
+/// # Errors
+/// Without a key nobody but this machine may reach it.
+pub fn may_bind(addr: SocketAddr, has_key: bool) -> Result<(), String> {
+    if has_key || addr.ip().is_loopback() {
+        return Ok(());
+    }
+    Err(format!(
+        "refusing to listen on {addr} without an API key: everyone who reaches it could run jobs; \
+         give --api-key-file FILE, or listen on 127.0.0.1"
+    ))
+}
+
+/// Paths that are open to all: health and documentation tell nothing.
+fn is_open(path: &str) -> bool {
+    matches!(path, "/livez" | "/readyz" | "/openapi.json" | "/docs")
+        || path.starts_with("/docs/")
+        || path == "/problems"
+        || path.starts_with("/problems/")
+}
+
+/// Lets through who may call.
+pub async fn check(State(state): State<AppState>, request: Request, next: Next) -> Result<Response, Problem> {
+    match &state.key {
+        Some(key) if !is_open(request.uri().path()) => check_key(key, &request)?,
+        Some(_) => {}
+        None => check_local(&request)?,
+    }
+    Ok(next.run(request).await)
+}
+
+fn check_key(key: &ApiKey, request: &Request) -> Result<(), Problem> {
+    let refuse = |detail: &str, challenge: &'static str| {
+        let challenge = HeaderValue::from_static(challenge);
+        Err(Problem::new(Code::Unauthorized, detail).with_header(header::WWW_AUTHENTICATE, challenge))
+    };
+    let Some(value) = request.headers().get(header::AUTHORIZATION) else {
+        return refuse("Send the header `Authorization: Bearer sct_…`.", "Bearer realm=\"secateur\"");
+    };
+    let presented = value.to_str().ok().and_then(|v| v.split_once(' '));
+    match presented {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && key.opens_with(token.trim()) => {
+            Ok(())
+        }
+        _ => refuse(
+            "The key in the Authorization header does not open this service.",
+            "Bearer realm=\"secateur\", error=\"invalid_token\"",
+        ),
+    }
+}
+
+/// Without a key only this machine may call. A web page open in a browser here
+/// must not: not through a name that it points at loopback (DNS rebinding,
+/// shows in `Host`), nor by posting across sites (shows in `Origin`).
+fn check_local(request: &Request) -> Result<(), Problem> {
+    let headers = request.headers();
+    let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).or_else(|| request.uri().host());
+    // HTTP/1.0 clients send none; browsers always do.
+    if let Some(host) = host.filter(|h| !is_loopback_host(h)) {
+        let shown: String = host.chars().take(100).collect();
+        return Err(Problem::new(Code::ForeignHost, format!("The request is addressed to `{shown}`.")));
+    }
+    let harmless = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    if let Some(origin) = headers.get(header::ORIGIN).filter(|_| !harmless) {
+        let own = origin.to_str().ok().and_then(|o| o.split_once("://"));
+        if own.is_none_or(|(scheme, authority)| scheme != "http" || Some(authority) != host) {
+            let detail = "The Origin header names another site than this service.";
+            return Err(Problem::new(Code::ForeignOrigin, detail));
+        }
+    }
+    Ok(())
+}
+
+fn is_loopback_host(host: &str) -> bool {
+    let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((v6, _)) => v6,
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    let name = name.trim_end_matches('.');
+    name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_may_be_bound_without_a_key() {
+        for (addr, ok) in
+            [("127.0.0.1:1", true), ("[::1]:1", true), ("0.0.0.0:1", false), ("10.0.0.7:1", false)]
+        {
+            assert_eq!(may_bind(addr.parse().unwrap(), false).is_ok(), ok, "{addr}");
+            assert!(may_bind(addr.parse().unwrap(), true).is_ok(), "{addr}");
+        }
+    }
+
+    #[test]
+    fn hosts_that_only_look_like_loopback_are_foreign() {
+        for host in
+            ["localhost", "LocalHost:80", "127.0.0.1", "127.1.2.3:8080", "[::1]", "[::1]:8080", "localhost."]
+        {
+            assert!(is_loopback_host(host), "{host}");
+        }
+        for host in
+            ["evil.example", "localhost.evil.example:80", "127.0.0.1.nip.io", "10.0.0.1", "[::2]:1", ""]
+        {
+            assert!(!is_loopback_host(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn a_key_opens_with_itself_only() {
+        let text = "sct_abcd1234_0123456789abcdef01234567";
+        let key: ApiKey = text.parse().unwrap();
+        assert_eq!((key.id.as_str(), format!("{key:?}").as_str()), ("abcd1234", "ApiKey(abcd1234)"));
+        assert!(key.opens_with(text));
+        assert!(!key.opens_with("sct_abcd1234_0123456789abcdef01234568"));
+        assert!(!key.opens_with(""));
+        for wrong in [
+            "",
+            "sct_abc_0123456789abcdef01234567",
+            "sct_abcd1234_short",
+            "prk_abcd1234_0123456789abcdef01234567",
+        ] {
+            assert!(wrong.parse::<ApiKey>().is_err(), "{wrong}");
+        }
+    }
+}

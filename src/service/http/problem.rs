@@ -1,0 +1,283 @@
+//! Errors for people and programs: RFC 9457 problem details, every one with a
+//! page of its own.
+
+use axum::Json;
+use axum::extract::Path;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::page;
+use crate::job::complaint::Complaint;
+
+/// The kinds of problem. One row each in [`Code::row`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    InvalidJson,
+    InvalidQuery,
+    InvalidId,
+    InvalidSpec,
+    InvalidPrecondition,
+    Unauthorized,
+    ForeignHost,
+    ForeignOrigin,
+    RouteNotFound,
+    JobNotFound,
+    ArtifactNotFound,
+    ResultNotReady,
+    MethodNotAllowed,
+    NotAcceptable,
+    StateConflict,
+    BodyTooLarge,
+    UnsupportedMediaType,
+    RangeNotSatisfiable,
+    Internal,
+    Unavailable,
+    Draining,
+    Timeout,
+}
+
+struct Row {
+    name: &'static str,
+    status: StatusCode,
+    title: &'static str,
+    /// What it means and what to do, for the page.
+    remedy: &'static str,
+}
+
+const fn row(name: &'static str, status: StatusCode, title: &'static str, remedy: &'static str) -> Row {
+    Row { name, status, title, remedy }
+}
+
+impl Code {
+    pub const ALL: [Self; 22] = [
+        Self::InvalidJson,
+        Self::InvalidQuery,
+        Self::InvalidId,
+        Self::InvalidSpec,
+        Self::InvalidPrecondition,
+        Self::Unauthorized,
+        Self::ForeignHost,
+        Self::ForeignOrigin,
+        Self::RouteNotFound,
+        Self::JobNotFound,
+        Self::ArtifactNotFound,
+        Self::ResultNotReady,
+        Self::MethodNotAllowed,
+        Self::NotAcceptable,
+        Self::StateConflict,
+        Self::BodyTooLarge,
+        Self::UnsupportedMediaType,
+        Self::RangeNotSatisfiable,
+        Self::Internal,
+        Self::Unavailable,
+        Self::Draining,
+        Self::Timeout,
+    ];
+
+    #[rustfmt::skip]
+    const fn row(self) -> Row {
+        use StatusCode as S;
+        match self {
+            Self::InvalidJson => row("invalid-json", S::BAD_REQUEST, "The body is not JSON",
+                "The detail names line and column of the first error. Send one JSON value in UTF-8."),
+            Self::InvalidQuery => row("invalid-query", S::BAD_REQUEST, "The query string is wrong",
+                "The detail names the parameter. What each route takes is in the API documentation."),
+            Self::InvalidId => row("invalid-id", S::BAD_REQUEST, "The id is not a UUID",
+                "Ids look like 019ab7c2-1f2e-7c3a-9d5e-0123456789ab; take them from the answer that created the thing."),
+            Self::InvalidSpec => row("invalid-spec", S::UNPROCESSABLE_ENTITY, "The job spec cannot be run",
+                "`errors` lists everything that is wrong, each with a JSON pointer to its place in the body. Nothing was \
+                 created; mend all of it and send it again."),
+            Self::InvalidPrecondition => row("precondition-failed", S::PRECONDITION_FAILED, "The job has changed",
+                "The ETag in If-Match is not the job's any more. Read the job again and decide anew."),
+            Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed",
+                "Send `Authorization: Bearer sct_…` with a key this service knows."),
+            Self::ForeignHost => row("foreign-host", S::MISDIRECTED_REQUEST, "This service is not that host",
+                "Without an API key the service answers only to localhost and loopback addresses, so that no web page \
+                 can reach it through a name of its own. Use http://127.0.0.1, or start the service with a key."),
+            Self::ForeignOrigin => row("foreign-origin", S::FORBIDDEN, "Another site may not do this",
+                "Without an API key the service changes nothing on behalf of other web sites. Call it from its own \
+                 pages or from a program, or start it with a key."),
+            Self::RouteNotFound => row("route-not-found", S::NOT_FOUND, "There is nothing here",
+                "All routes are listed in the API documentation."),
+            Self::JobNotFound => row("job-not-found", S::NOT_FOUND, "There is no such job",
+                "It never existed or was deleted. The list of jobs shows those there are."),
+            Self::ArtifactNotFound => row("artifact-not-found", S::NOT_FOUND, "The job has no such file",
+                "The job's list of artifacts names every file it left, path and all."),
+            Self::ResultNotReady => row("result-not-ready", S::NOT_FOUND, "The result is not there yet",
+                "The stage that makes it has not finished, or the job ended before it. Follow the job's events."),
+            Self::MethodNotAllowed => row("method-not-allowed", S::METHOD_NOT_ALLOWED, "This route has no such method",
+                "The Allow header names the methods it has."),
+            Self::NotAcceptable => row("not-acceptable", S::NOT_ACCEPTABLE, "It cannot be had in that form",
+                "The detail names the media types there are."),
+            Self::StateConflict => row("state-conflict", S::CONFLICT, "The job's state does not allow this",
+                "A running job is cancelled before it is deleted; a finished job changes no more."),
+            Self::BodyTooLarge => row("body-too-large", S::PAYLOAD_TOO_LARGE, "The body is too large",
+                "Put long texts into a file below one of the service's roots and name it as {\"from\": \"path\"}."),
+            Self::UnsupportedMediaType => row("unsupported-media-type", S::UNSUPPORTED_MEDIA_TYPE,
+                "The body's media type is not understood", "Send JSON with `Content-Type: application/json`."),
+            Self::RangeNotSatisfiable => row("range-not-satisfiable", S::RANGE_NOT_SATISFIABLE,
+                "The file has no such bytes", "The Content-Range header tells how long the file is."),
+            Self::Internal => row("internal", S::INTERNAL_SERVER_ERROR, "The service failed",
+                "This is a bug. Please report it with the request id; the service's log says more under that id."),
+            Self::Unavailable => row("unavailable", S::SERVICE_UNAVAILABLE, "The database cannot be reached",
+                "Running jobs go on. Try again after the time in Retry-After."),
+            Self::Draining => row("draining", S::SERVICE_UNAVAILABLE, "The service is shutting down",
+                "Try again after the time in Retry-After; another instance may answer."),
+            Self::Timeout => row("timeout", S::GATEWAY_TIMEOUT, "The answer took too long",
+                "Try again; if it stays so, the service's log says more under the request id."),
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        self.row().name
+    }
+
+    pub const fn status(self) -> StatusCode {
+        self.row().status
+    }
+
+    /// Whether the very same request may succeed later.
+    pub const fn retryable(self) -> bool {
+        matches!(self.status(), StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+    }
+}
+
+/// What went wrong with a request. It becomes a body where the request id is
+/// known: at the [edge](super::edge).
+#[derive(Debug, Clone)]
+pub struct Problem {
+    code: Code,
+    detail: String,
+    errors: Vec<Complaint>,
+    headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// Seconds after which a retryable request is worth another try.
+const RETRY_AFTER_S: u16 = 5;
+
+impl Problem {
+    pub fn new(code: Code, detail: impl Into<String>) -> Self {
+        let mut headers = Vec::new();
+        if code.retryable() {
+            headers.push((header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S)));
+        }
+        Self { code, detail: detail.into(), errors: Vec::new(), headers }
+    }
+
+    pub fn spec(errors: Vec<Complaint>) -> Self {
+        let detail = match errors.as_slice() {
+            [one] => one.to_string(),
+            more => format!("{} things are wrong with the spec.", more.len()),
+        };
+        Self { errors, ..Self::new(Code::InvalidSpec, detail) }
+    }
+
+    /// Our own fault. What happened goes to the log, not to the caller.
+    pub fn internal(cause: impl std::fmt::Display) -> Self {
+        tracing::error!(%cause, "request failed");
+        Self::new(
+            Code::Internal,
+            "Something went wrong that should not. The log says more under this request id.",
+        )
+    }
+
+    #[must_use]
+    pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.headers.push((name, value));
+        self
+    }
+
+    /// The answer to request `request_id`.
+    pub fn body(self, request_id: &str) -> ProblemBody {
+        let Row { name, status, title, .. } = self.code.row();
+        ProblemBody {
+            kind: format!("/problems/{name}"),
+            title: title.into(),
+            status: status.as_u16(),
+            detail: self.detail,
+            code: name.into(),
+            errors: self.errors,
+            request_id: request_id.into(),
+            retryable: self.code.retryable(),
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = self.code.status().into_response();
+        for (name, value) in &self.headers {
+            response.headers_mut().insert(name.clone(), value.clone());
+        }
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// Problem details (RFC 9457).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(example = json!({
+    "type": "/problems/invalid-spec", "title": "The job spec cannot be run", "status": 422,
+    "detail": "2 things are wrong with the spec.", "code": "invalid-spec",
+    "errors": [
+        {"pointer": "/calibration/sampels", "message": "is no field here; the fields are `corpus`, `samples`"},
+        {"pointer": "/prune/amount/layers", "message": "must be at least 1"},
+    ],
+    "request_id": "019ab7c2-1f2e-7c3a-9d5e-0123456789ab", "retryable": false,
+}))]
+pub struct ProblemBody {
+    /// URI of a page about this kind of problem.
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// What is wrong with this very request, for a person.
+    pub detail: String,
+    /// The kind of problem, for a program. Codes do not change.
+    pub code: String,
+    /// Everything that is wrong with the body, each with its place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<Complaint>,
+    /// The `x-request-id` of the answer: the key to the service's log.
+    pub request_id: String,
+    /// The very same request may succeed later.
+    pub retryable: bool,
+}
+
+impl IntoResponse for ProblemBody {
+    fn into_response(self) -> Response {
+        let kind = [(header::CONTENT_TYPE, "application/problem+json")];
+        (StatusCode::from_u16(self.status).unwrap_or_default(), kind, Json(self)).into_response()
+    }
+}
+
+/// The pages behind the `type` URIs.
+pub async fn about(Path(name): Path<String>) -> Result<Html<String>, Problem> {
+    let code = Code::ALL.into_iter().find(|c| c.name() == name);
+    let row = code
+        .ok_or_else(|| {
+            Problem::new(Code::RouteNotFound, "There is no such kind of problem; /problems lists them all.")
+        })?
+        .row();
+    let body = format!(
+        "<p>HTTP status {}, code <code>{}</code>.</p><p>{}</p><p><a href=\"/problems\">All problems</a></p>",
+        row.status,
+        row.name,
+        page::escape(row.remedy)
+    );
+    Ok(page::page(row.title, &body))
+}
+
+pub async fn all() -> Html<String> {
+    let rows: String = Code::ALL
+        .iter()
+        .map(|code| {
+            let Row { name, status, title, .. } = code.row();
+            format!("<tr><td>{}<td><a href=\"/problems/{name}\">{name}</a><td>{title}", status.as_u16())
+        })
+        .collect();
+    page::page("Problems", &format!("<table><tr><th>Status<th>Code<th>Meaning{rows}</table>"))
+}
