@@ -234,6 +234,8 @@ pub enum FailureKind {
     Device,
     /// Disk or object store failed or is full.
     Storage,
+    /// The process that ran the attempt died without a word.
+    Crash,
     /// Too many attempts ended without a result.
     AttemptsSpent,
     /// Our own fault.
@@ -246,7 +248,7 @@ impl FailureKind {
     #[must_use]
     pub const fn retryable(self) -> bool {
         match self {
-            Self::Device | Self::Storage => true,
+            Self::Device | Self::Storage | Self::Crash => true,
             Self::Spec | Self::Model | Self::Data | Self::OutOfMemory | Self::AttemptsSpent | Self::Bug => {
                 false
             }

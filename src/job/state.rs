@@ -25,6 +25,26 @@ pub enum Wish {
     Pause,
 }
 
+impl Wish {
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cancel => "cancel",
+            Self::Pause => "pause",
+        }
+    }
+}
+
+impl std::str::FromStr for Wish {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        [Self::Cancel, Self::Pause]
+            .into_iter()
+            .find(|w| w.name() == name)
+            .ok_or_else(|| format!("`{name}` is no wish; the wishes are cancel, pause"))
+    }
+}
+
 /// What can happen to a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {

@@ -1,0 +1,284 @@
+//! Jobs: put in, look up, list, and what the user may want of them.
+
+use std::collections::BTreeMap;
+
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{Database, Entry, JobEvent, Progress, Result, Tenant, events, signals};
+use crate::job::report::Failure;
+use crate::job::spec::JobSpec;
+use crate::job::state::{Change, JobState, Wish};
+
+/// A job as it stands.
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
+pub struct JobRow {
+    pub id: Uuid,
+    #[sqlx(rename = "tenant_id")]
+    pub tenant: Tenant,
+    pub name: Option<String>,
+    #[sqlx(json)]
+    pub labels: BTreeMap<String, String>,
+    #[sqlx(json)]
+    pub spec: JobSpec,
+    pub state: JobState,
+    pub wish: Option<Wish>,
+    pub priority: i16,
+    /// Attempts that count; a drain or a pause gives its attempt back.
+    pub attempt: i32,
+    /// Attempts that ended with a lost worker.
+    pub crashes: i32,
+    /// Fencing token of the current or last lease.
+    pub epoch: i64,
+    /// Not before this time.
+    pub run_after: OffsetDateTime,
+    pub created_at: OffsetDateTime,
+    /// When the first attempt began.
+    pub started_at: Option<OffsetDateTime>,
+    pub finished_at: Option<OffsetDateTime>,
+    /// Why it failed, or why the last attempt did.
+    #[sqlx(json(nullable))]
+    pub failure: Option<Failure>,
+    /// Number of the newest event.
+    pub last_seq: i64,
+    /// How far a running job is.
+    #[sqlx(json(nullable))]
+    pub progress: Option<Progress>,
+}
+
+/// A job to put in.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    pub spec: JobSpec,
+    /// Higher goes first.
+    pub priority: i16,
+}
+
+/// Which jobs to list. All conditions must hold.
+#[derive(Debug, Clone, Default)]
+pub struct JobFilter {
+    pub states: Vec<JobState>,
+    pub name: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    /// Only jobs older than this one: the last id of the page before.
+    pub after: Option<Uuid>,
+}
+
+/// One page of jobs, newest first.
+#[derive(Debug, Clone)]
+pub struct JobPage {
+    pub jobs: Vec<JobRow>,
+    pub has_more: bool,
+}
+
+/// What became of a wish to delete a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deletion {
+    Done,
+    /// A running job must be cancelled first.
+    Running,
+    Unknown,
+}
+
+impl Database {
+    /// Puts a job into the queue under a new id (UUID version 7: sortable by age).
+    pub async fn job_insert(&self, tenant: Tenant, job: &NewJob) -> Result<JobRow> {
+        let id = Uuid::now_v7();
+        let mut tx = self.pool.begin().await?;
+        sqlx::query(
+            "insert into jobs (id, tenant_id, name, labels, spec, priority) values ($1, $2, $3, $4, $5, $6)",
+        )
+        .bind(id)
+        .bind(tenant)
+        .bind(&job.spec.name)
+        .bind(Json(&job.spec.labels))
+        .bind(Json(&job.spec))
+        .bind(job.priority)
+        .execute(&mut *tx)
+        .await?;
+        tell_state(&mut tx, id, JobState::Queued, None).await?;
+        let row = lock(&mut tx, tenant, id).await?.ok_or(sqlx::Error::RowNotFound)?;
+        tx.commit().await?;
+        Ok(row)
+    }
+
+    pub async fn job(&self, tenant: Tenant, id: Uuid) -> Result<Option<JobRow>> {
+        let row = sqlx::query_as(
+            "select j.*, l.progress from jobs j left join leases l on l.job_id = j.id
+             where j.tenant_id = $1 and j.id = $2",
+        )
+        .bind(tenant)
+        .bind(id)
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(row)
+    }
+
+    /// One page of at most `limit` jobs, newest first.
+    pub async fn job_list(&self, tenant: Tenant, filter: &JobFilter, limit: u32) -> Result<JobPage> {
+        let states: Vec<&str> = filter.states.iter().map(|s| s.name()).collect();
+        let mut jobs: Vec<JobRow> = sqlx::query_as(
+            "select j.*, l.progress from jobs j left join leases l on l.job_id = j.id
+             where j.tenant_id = $1 and ($2::uuid is null or j.id < $2)
+               and (cardinality($3::text[]) = 0 or j.state = any ($3))
+               and ($4::text is null or j.name = $4) and j.labels @> $5
+             order by j.id desc limit $6",
+        )
+        .bind(tenant)
+        .bind(filter.after)
+        .bind(states)
+        .bind(&filter.name)
+        .bind(Json(&filter.labels))
+        .bind(i64::from(limit) + 1)
+        .fetch_all(&self.pool)
+        .await?;
+        let has_more = jobs.len() > limit as usize;
+        jobs.truncate(limit as usize);
+        Ok(JobPage { jobs, has_more })
+    }
+
+    /// How many jobs are in each state, over all tenants: for the metrics.
+    pub async fn job_counts(&self) -> Result<Vec<(JobState, i64)>> {
+        Ok(sqlx::query_as("select state, count(*) from jobs group by state").fetch_all(&self.pool).await?)
+    }
+
+    /// How many waiting jobs of the tenant go before this one. `None` when it does not wait.
+    pub async fn jobs_ahead(&self, tenant: Tenant, id: Uuid) -> Result<Option<i64>> {
+        let ahead = sqlx::query_scalar(
+            "select (select count(*) from jobs o where o.tenant_id = j.tenant_id and o.state = 'queued'
+                       and (o.priority > j.priority
+                            or (o.priority = j.priority and (o.created_at, o.id) < (j.created_at, j.id))))
+             from jobs j where j.tenant_id = $1 and j.id = $2 and j.state = 'queued'",
+        )
+        .bind(tenant)
+        .bind(id)
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(ahead)
+    }
+
+    /// Cancels a job: at once when it waits; a running one stops at its next
+    /// seam. Cancelling a cancelled job changes nothing. `None`: no such job.
+    pub async fn job_cancel(&self, tenant: Tenant, id: Uuid) -> Result<Option<JobRow>> {
+        self.job_wish(tenant, id, Wish::Cancel).await
+    }
+
+    /// Pauses a job: it keeps its records and gives its device back. `None`: no such job.
+    pub async fn job_pause(&self, tenant: Tenant, id: Uuid) -> Result<Option<JobRow>> {
+        self.job_wish(tenant, id, Wish::Pause).await
+    }
+
+    /// Puts a paused job back into the queue. `None`: no such job.
+    pub async fn job_resume(&self, tenant: Tenant, id: Uuid) -> Result<Option<JobRow>> {
+        let mut tx = self.pool.begin().await?;
+        let Some(mut job) = lock(&mut tx, tenant, id).await? else { return Ok(None) };
+        if job.state != JobState::Queued {
+            job.state = job.state.after(Change::Resume)?;
+            write_state(&mut tx, &job, None).await?;
+        }
+        let job = lock(&mut tx, tenant, id).await?;
+        tx.commit().await?;
+        Ok(job)
+    }
+
+    async fn job_wish(&self, tenant: Tenant, id: Uuid, wish: Wish) -> Result<Option<JobRow>> {
+        let (change, goal) = match wish {
+            Wish::Cancel => (Change::RequestCancel, JobState::Cancelled),
+            Wish::Pause => (Change::RequestPause, JobState::Paused),
+        };
+        let mut tx = self.pool.begin().await?;
+        let Some(mut job) = lock(&mut tx, tenant, id).await? else { return Ok(None) };
+        // Said before, or outdone by a wish to cancel: nothing to add.
+        if job.state == goal || job.wish == Some(wish) || job.wish == Some(Wish::Cancel) {
+            return Ok(Some(job));
+        }
+        let next = job.state.after(change)?;
+        if next == JobState::Running {
+            sqlx::query("update jobs set wish = $2 where id = $1")
+                .bind(id)
+                .bind(wish)
+                .execute(&mut *tx)
+                .await?;
+            events::append(&mut tx, id, &[Entry::Job(JobEvent::WishNoted { wish })]).await?;
+            signals::notify(&mut tx, signals::WISHED, &id.to_string()).await?;
+        } else {
+            job.state = next;
+            write_state(&mut tx, &job, None).await?;
+        }
+        let job = lock(&mut tx, tenant, id).await?;
+        tx.commit().await?;
+        Ok(job)
+    }
+
+    /// Forgets a job and all its rows. The caller sweeps its files.
+    pub async fn job_delete(&self, tenant: Tenant, id: Uuid) -> Result<Deletion> {
+        let mut tx = self.pool.begin().await?;
+        let Some(job) = lock(&mut tx, tenant, id).await? else { return Ok(Deletion::Unknown) };
+        if job.state == JobState::Running {
+            return Ok(Deletion::Running);
+        }
+        sqlx::query("delete from jobs where tenant_id = $1 and id = $2")
+            .bind(tenant)
+            .bind(id)
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        Ok(Deletion::Done)
+    }
+
+    /// Which of `ids` are jobs that may still run, over all tenants: their
+    /// workspaces must stay.
+    pub async fn jobs_unfinished(&self, ids: &[Uuid]) -> Result<Vec<Uuid>> {
+        let ids = sqlx::query_scalar(
+            "select id from jobs where id = any ($1) and state in ('queued', 'running', 'paused')",
+        )
+        .bind(ids)
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(ids)
+    }
+}
+
+/// Reads a job and locks its row until the transaction ends.
+pub(super) async fn lock(tx: &mut PgConnection, tenant: Tenant, id: Uuid) -> Result<Option<JobRow>> {
+    let row = sqlx::query_as(
+        "select j.*, l.progress from jobs j left join leases l on l.job_id = j.id
+         where j.tenant_id = $1 and j.id = $2 for update of j",
+    )
+    .bind(tenant)
+    .bind(id)
+    .fetch_optional(tx)
+    .await?;
+    Ok(row)
+}
+
+/// Writes what a change of state touches: all that counts and times the job.
+/// Every change of state ends a wish.
+pub(super) async fn write_state(tx: &mut PgConnection, job: &JobRow, reason: Option<String>) -> Result<()> {
+    sqlx::query(
+        "update jobs set state = $2, wish = null, attempt = $3, crashes = $4, epoch = $5, run_after = $6,
+           failure = $7, started_at = coalesce(started_at, case when $2 = 'running' then now() end),
+           finished_at = case when $2 in ('succeeded', 'failed', 'cancelled') then now() end
+         where id = $1",
+    )
+    .bind(job.id)
+    .bind(job.state)
+    .bind(job.attempt)
+    .bind(job.crashes)
+    .bind(job.epoch)
+    .bind(job.run_after)
+    .bind(job.failure.as_ref().map(Json))
+    .execute(&mut *tx)
+    .await?;
+    tell_state(tx, job.id, job.state, reason).await
+}
+
+async fn tell_state(tx: &mut PgConnection, id: Uuid, state: JobState, reason: Option<String>) -> Result<()> {
+    events::append(tx, id, &[Entry::Job(JobEvent::StateChanged { state, reason })]).await?;
+    if state == JobState::Queued {
+        signals::notify(tx, signals::QUEUED, "").await?;
+    }
+    Ok(())
+}

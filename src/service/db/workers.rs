@@ -1,0 +1,72 @@
+//! Who can run jobs.
+
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{Database, Result};
+
+/// A worker as its peers see it. Workers serve all tenants.
+#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
+pub struct WorkerRow {
+    pub id: Uuid,
+    pub host: String,
+    pub pid: i32,
+    pub device: String,
+    pub version: String,
+    pub started_at: OffsetDateTime,
+    pub seen_at: OffsetDateTime,
+    /// The job it works on.
+    pub job_id: Option<Uuid>,
+}
+
+/// What a worker says of itself.
+#[derive(Debug, Clone)]
+pub struct WorkerSelf {
+    pub id: Uuid,
+    pub host: String,
+    pub pid: i32,
+    pub device: String,
+    pub version: String,
+}
+
+impl Database {
+    /// A worker has started.
+    pub async fn worker_started(&self, me: &WorkerSelf) -> Result<()> {
+        sqlx::query(
+            "insert into workers (id, host, pid, device, version) values ($1, $2, $3, $4, $5)
+             on conflict (id) do update set host = excluded.host, pid = excluded.pid, device = excluded.device,
+               version = excluded.version, started_at = now(), seen_at = now()",
+        )
+        .bind(me.id)
+        .bind(&me.host)
+        .bind(me.pid)
+        .bind(&me.device)
+        .bind(&me.version)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// The worker is still there.
+    pub async fn worker_seen(&self, id: Uuid) -> Result<()> {
+        sqlx::query("update workers set seen_at = now() where id = $1").bind(id).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// The worker has left in order.
+    pub async fn worker_left(&self, id: Uuid) -> Result<()> {
+        sqlx::query("delete from workers where id = $1").bind(id).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// The workers seen within the last five minutes, the longest serving first.
+    pub async fn workers(&self) -> Result<Vec<WorkerRow>> {
+        let rows = sqlx::query_as(
+            "select w.*, l.job_id from workers w left join leases l on l.worker_id = w.id
+             where w.seen_at > now() - interval '5 minutes' order by w.started_at, w.id",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows)
+    }
+}
