@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, Var};
 
 use super::cache::KvCache;
 use super::checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD};
@@ -36,6 +36,9 @@ enum Stored {
     /// In the mapped file only.
     OnDisk,
 }
+
+/// Rows of logits at a time: `rows × vocab` floats are the largest tensor of a forward pass.
+const HEAD_ROWS: usize = 256;
 
 /// Share of the free memory that resident layers may take.
 const RESIDENT_SHARE: f64 = 0.6;
@@ -159,14 +162,32 @@ impl Decoder {
         Ok(x.matmul(&self.head.t()?)?.to_dtype(DType::F32)?)
     }
 
-    /// The final norm alone, differentiable, for streams `[n, h]`.
-    pub(crate) fn normed(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        ops::rms_norm(x, &self.final_norm, self.config().norm_eps)
+    /// Negative log-likelihood of `targets[i]` after the stream `x[i]`, in nats, for `x [n, h]`
+    /// as [`Self::forward`] gives it. Works through the vocabulary a few rows at a time.
+    pub fn token_nll(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        let mut out = Vec::with_capacity(targets.len());
+        for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
+            let logits = self.logits(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
+            let (nll, _) = ops::cross_entropy(&logits, targets)?;
+            out.extend(nll);
+        }
+        Ok(out)
     }
 
-    /// `[vocab, h]`.
-    pub(crate) fn head(&self) -> &Tensor {
-        &self.head
+    /// As [`Self::token_nll`], and the gradient of `scale` times their sum for `x`.
+    pub fn token_nll_backward(&self, x: &Tensor, targets: &[u32], scale: f64) -> Result<(Vec<f32>, Tensor)> {
+        let (mut nll, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
+        for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
+            let x = Var::from_tensor(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
+            let normed = ops::rms_norm(&x, &self.final_norm, self.config().norm_eps)?;
+            let logits = normed.detach().matmul(&self.head.t()?)?.to_dtype(DType::F32)?;
+            let (chunk, gap) = ops::cross_entropy(&logits, targets)?;
+            let upstream = (gap.to_dtype(normed.dtype())?.matmul(&self.head)? * scale)?;
+            let mut store = ops::backward_from(&normed, &upstream)?;
+            nll.extend(chunk);
+            gradients.push(store.remove(&x).ok_or_else(|| Error::bug("the final norm gave no gradient"))?);
+        }
+        Ok((nll, Tensor::cat(&gradients, 0)?))
     }
 }
 

@@ -1,17 +1,18 @@
 //! Low-rank adapters (Hu et al., arXiv 2106.09685): `y += scale · B A dropout(x)`.
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use crate::engine::Result;
 
-/// The trained part of one linear layer.
+/// The trained part of one linear layer. Its tensors are plain values, or the
+/// tensors of variables when a gradient is wanted.
 #[derive(Debug, Clone)]
 pub struct Adapter {
     /// `[rank, inputs]`, float32.
-    pub a: Var,
+    pub a: Tensor,
     /// `[outputs, rank]`, float32.
-    pub b: Var,
+    pub b: Tensor,
     /// alpha / rank.
     pub scale: f64,
     /// Share of inputs zeroed, and the stream of chance that picks them.
@@ -39,8 +40,8 @@ impl Adapter {
         let bound = 1.0 / (inputs as f64).sqrt();
         let a: Vec<f32> =
             (0..rank * inputs).map(|i| ((unit(key, i as u64) * 2.0 - 1.0) * bound) as f32).collect();
-        let a = Var::from_tensor(&Tensor::from_vec(a, (rank, inputs), device)?)?;
-        let b = Var::zeros((outputs, rank), DType::F32, device)?;
+        let a = Tensor::from_vec(a, (rank, inputs), device)?;
+        let b = Tensor::zeros((outputs, rank), DType::F32, device)?;
         Ok(Self { a, b, scale, dropout: None })
     }
 
@@ -50,13 +51,12 @@ impl Adapter {
         if let Some(dropout) = self.dropout {
             x = (&x * dropout.mask(x.dims2()?, x.device())?)?;
         }
-        // A product of views of `a` and `b` would keep their transposes in the graph; that is their only cost.
         x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * self.scale
     }
 
     /// `weight + scale · B A`, in float32, for a weight `[outputs, inputs]`.
     pub fn merge(&self, weight: &Tensor) -> candle_core::Result<Tensor> {
-        let delta = (self.b.as_tensor().matmul(self.a.as_tensor())? * self.scale)?;
+        let delta = (self.b.matmul(&self.a)? * self.scale)?;
         weight.to_dtype(DType::F32)? + delta
     }
 

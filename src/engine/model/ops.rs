@@ -7,6 +7,7 @@
 //! This file is the only user of `candle_nn::ops` and `candle_nn::rotary_emb`.
 
 use candle_core::backend::BackendStorage;
+use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor};
 
 /// RMS norm over the last dimension.
@@ -48,6 +49,24 @@ pub fn frozen_product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     } else {
         x.matmul(&weight.t()?)
     }
+}
+
+/// Per row of `logits [n, vocab]` (float32): `-ln p(target)` in nats, and its
+/// gradient `softmax(logits) - onehot(target)`.
+pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<(Vec<f32>, Tensor)> {
+    let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+    let probabilities = candle_nn::ops::softmax_last_dim(logits)?;
+    // The largest logit has probability 1 / Σ exp(x - max), so ln Σ exp(x) = max - ln(that): no second exp.
+    let log_sum = (logits.max_keepdim(1)? - probabilities.max_keepdim(1)?.log()?)?;
+    let nll = (log_sum - logits.gather(&targets, 1)?)?.squeeze(1)?.to_vec1()?;
+    let minus_one = Tensor::full(-1f32, targets.shape(), logits.device())?;
+    Ok((nll, probabilities.scatter_add(&targets, &minus_one, 1)?))
+}
+
+/// The backward pass from `y` on, given the gradient that arrives at it.
+pub fn backward_from(y: &Tensor, upstream: &Tensor) -> Result<GradStore> {
+    // candle starts at a scalar only: d/dx Σ(y · u) is the product wanted.
+    (y * upstream.detach())?.sum_all()?.backward()
 }
 
 /// A product whose backward gives the gradient of `x` only. candle's own would

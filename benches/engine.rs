@@ -1,0 +1,81 @@
+//! Speed of the engine on a real model: `cargo bench --bench engine -- MODEL_DIR`.
+//! `benches/engine_torch.py` does the same work in PyTorch; compare the ratios of
+//! one machine and one hour.
+#![allow(clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
+use secateur::engine::model::lora::unit;
+use secateur::engine::model::{Checkpoint, Compute, Decoder, pad};
+use secateur::job::preset::QloraSettings;
+use secateur::job::spec::{BaseBits, Preset, QloraSpec};
+
+fn main() {
+    let Some(dir) = std::env::args().skip(1).find(|a| !a.starts_with("--")).map(PathBuf::from) else {
+        eprintln!("usage: cargo bench --bench engine -- MODEL_DIR");
+        return;
+    };
+    let compute = Compute { device: Device::Cpu, dtype: DType::F32 };
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    forward_and_decode(&checkpoint, &compute);
+    training_step(&checkpoint, &compute);
+}
+
+fn windows(checkpoint: &Checkpoint, count: u64, len: u64) -> Vec<Vec<u32>> {
+    let vocab = checkpoint.config().vocab_size as f64;
+    (0..count).map(|n| (0..len).map(|i| (unit(n, i) * vocab) as u32).collect()).collect()
+}
+
+fn forward_and_decode(checkpoint: &Checkpoint, compute: &Compute) {
+    let decoder = Decoder::open(checkpoint, compute).unwrap();
+    let windows = windows(checkpoint, 4, 512);
+    let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    let tokens = pad(&batch, compute).unwrap();
+    report("forward 4 x 512, body", 2048, || drop(decoder.forward(&tokens).unwrap()));
+    for (batch, steps) in [(1, 32), (64, 16)] {
+        let tokens = Tensor::zeros((batch, 1), DType::U32, &compute.device).unwrap();
+        let mut cache = decoder.cache(batch, 4 * steps).unwrap();
+        report(&format!("decode {steps} tokens, batch {batch}"), steps * batch, || {
+            for _ in 0..steps {
+                let x = decoder.step(&tokens, &mut cache).unwrap();
+                drop(decoder.logits(&x.squeeze(1).unwrap()).unwrap());
+            }
+        });
+    }
+}
+
+fn training_step(checkpoint: &Checkpoint, compute: &Compute) {
+    let all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    let spec = QloraSpec {
+        rank: Some(8),
+        dropout: Some(0.0),
+        targets: Some(all.map(String::from).to_vec()),
+        ..QloraSpec::default()
+    };
+    let settings: QloraSettings = spec.settings(Preset::Paper, &checkpoint.config().facts(), 1);
+    let windows = windows(checkpoint, 4, 256);
+    let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+    for (bits, name) in [(BaseBits::Sixteen, "16-bit"), (BaseBits::Four, "NF4")] {
+        let decoder = Decoder::open_frozen(checkpoint, compute, bits).unwrap();
+        let adapters = Adapters::new(checkpoint.config(), &settings, 0, &compute.device).unwrap();
+        let draw = Draw { seed: 0, step: 0, micro_batch: 0 };
+        report(&format!("LoRA step 4 x 256, r 8, all linears, {name} base"), 1024, || {
+            drop(loss_and_gradients(&decoder, &adapters, &batch, 1e-3, draw).unwrap());
+        });
+    }
+}
+
+/// Best of three, after one run to warm up.
+fn report(what: &str, tokens: usize, mut work: impl FnMut()) {
+    work();
+    let once = |()| {
+        let start = Instant::now();
+        work();
+        start.elapsed().as_secs_f64()
+    };
+    let best = [(); 3].map(once).into_iter().fold(f64::INFINITY, f64::min);
+    println!("{what}: {best:.3} s, {:.0} tokens/s", tokens as f64 / best);
+}

@@ -1,0 +1,163 @@
+//! QLoRA (Dettmers et al., arXiv 2305.14314): adapters trained over a frozen,
+//! quantised base, then merged into the *original* weights.
+
+use std::path::{Path, PathBuf};
+
+use super::adamw::{AdamW, clip, learning_rate};
+use super::backward::{Adapters, Draw, loss_and_gradients, mean_loss};
+use super::resume::Progress;
+use crate::engine::model::lora::stream_key;
+use crate::engine::model::{Checkpoint, Decoder};
+use crate::engine::{Cx, Error, Result};
+use crate::job::preset::QloraSettings;
+use crate::job::report::LossPoint;
+
+/// Gradient norm that larger ones are scaled down to, as in transformers' Trainer.
+const MAX_GRADIENT_NORM: f64 = 1.0;
+/// Tokens per micro-batch; an optimizer step accumulates as many as it needs.
+const MICRO_BATCH_TOKENS: usize = 2048;
+/// Windows of the healing corpus that are kept apart to judge the healing.
+const HELD_OUT_WINDOWS: usize = 16;
+
+/// Windows to train on and windows to judge by; none is in both.
+pub struct Windows {
+    pub train: Vec<Vec<u32>>,
+    pub held_out: Vec<Vec<u32>>,
+}
+
+impl Windows {
+    /// Windows worth having for these settings, held-out ones included.
+    pub fn wanted(settings: &QloraSettings) -> usize {
+        settings.steps as usize * settings.batch_size as usize + HELD_OUT_WINDOWS
+    }
+
+    /// Keeps a tenth of the windows apart, at most [`HELD_OUT_WINDOWS`], at least one.
+    ///
+    /// # Errors
+    /// A data error when fewer than two windows are at hand.
+    pub fn split(mut windows: Vec<Vec<u32>>) -> Result<Self> {
+        if windows.len() < 2 {
+            return Err(Error::data(
+                "the healing corpus gives fewer than two windows: one is trained on, one judges; \
+                 give more text or a smaller heal seq_len",
+            ));
+        }
+        let held_out = (windows.len() / 10).clamp(1, HELD_OUT_WINDOWS);
+        let held_out = windows.split_off(windows.len() - held_out);
+        Ok(Self { train: windows, held_out })
+    }
+
+    /// The windows of optimizer step `step`: every epoch in an order of its own.
+    fn batch(&self, step: u32, batch_size: u32, seed: u64) -> Vec<&[u32]> {
+        let n = self.train.len() as u64;
+        let first = u64::from(step) * u64::from(batch_size);
+        let mut order = (u64::MAX, Vec::new());
+        (first..first + u64::from(batch_size))
+            .map(|i| {
+                let epoch = i / n;
+                if order.0 != epoch {
+                    let mut places: Vec<u64> = (0..n).collect();
+                    places.sort_by_key(|p| stream_key(&[seed, epoch, *p]));
+                    order = (epoch, places);
+                }
+                self.train[order.1[(i % n) as usize] as usize].as_slice()
+            })
+            .collect()
+    }
+}
+
+/// What training left behind.
+pub struct Trained {
+    pub adapters: Adapters,
+    pub curve: Vec<LossPoint>,
+    pub tokens: u64,
+    /// Held-out loss per token before training, on the checkpoint's own weights.
+    pub held_out_before: f64,
+}
+
+/// Trains adapters for `pruned`. Progress is kept in `scratch` every
+/// `checkpoint_every` steps, and when asked to stop; a later call goes on from there
+/// and ends with the very same bytes.
+pub fn train(
+    pruned: &Checkpoint,
+    settings: &QloraSettings,
+    windows: &Windows,
+    seed: u64,
+    scratch: &Path,
+    cx: Cx,
+) -> Result<Trained> {
+    let compute = cx.compute;
+    let adapters = Adapters::new(pruned.config(), settings, stream_key(&[seed, 1]), &compute.device)?;
+    let mut optimizer = AdamW::new(&adapters.variables, settings.weight_decay)?;
+    let file: PathBuf = scratch.join("qlora.safetensors");
+    let mut progress = match Progress::load(&file, &adapters, &mut optimizer, &compute.device)? {
+        Some(progress) => {
+            cx.note(format!("healing goes on from optimizer step {}", progress.step));
+            progress
+        }
+        None => Progress::new(mean_loss(&Decoder::open(pruned, compute)?, &windows.held_out)?),
+    };
+    let frozen = Decoder::open_frozen(pruned, compute, settings.bits)?;
+    while progress.step < settings.steps {
+        if let Err(stop) = cx.check() {
+            progress.save(&file, &adapters, &optimizer)?;
+            return Err(stop);
+        }
+        let point = step(&frozen, &adapters, &mut optimizer, settings, windows, seed, &mut progress)?;
+        cx.measured("loss", u64::from(point.step), point.loss);
+        cx.measured("learning_rate", u64::from(point.step), point.learning_rate);
+        if progress.step % settings.checkpoint_every == 0 {
+            progress.save(&file, &adapters, &optimizer)?;
+        }
+        cx.advanced("training adapters", u64::from(progress.step), u64::from(settings.steps), "steps").or_else(
+            |stop| {
+                progress.save(&file, &adapters, &optimizer)?;
+                Err(stop)
+            },
+        )?;
+    }
+    let Progress { curve, tokens, held_out_before, .. } = progress;
+    Ok(Trained { adapters, curve, tokens, held_out_before })
+}
+
+/// One optimizer step.
+fn step(
+    frozen: &Decoder,
+    adapters: &Adapters,
+    optimizer: &mut AdamW,
+    settings: &QloraSettings,
+    windows: &Windows,
+    seed: u64,
+    progress: &mut Progress,
+) -> Result<LossPoint> {
+    let step = progress.step;
+    let batch = windows.batch(step, settings.batch_size, stream_key(&[seed, 2]));
+    let predicted: usize = batch.iter().map(|w| w.len() - 1).sum();
+    let scale = 1.0 / predicted.max(1) as f64;
+    let longest = batch.iter().map(|w| w.len()).max().unwrap_or(1);
+    let mut loss = 0.0;
+    let mut gradients = Vec::new();
+    for (micro_batch, windows) in batch.chunks((MICRO_BATCH_TOKENS / longest).max(1)).enumerate() {
+        let draw = Draw { seed: stream_key(&[seed, 3]), step, micro_batch };
+        let (nll, new) = loss_and_gradients(frozen, adapters, windows, scale, draw)?;
+        loss += nll * scale;
+        gradients = if gradients.is_empty() {
+            new
+        } else {
+            gradients.iter().zip(&new).map(|(a, b)| a + b).collect::<candle_core::Result<_>>()?
+        };
+    }
+    let norm = clip(&mut gradients, MAX_GRADIENT_NORM)?;
+    if !loss.is_finite() || !norm.is_finite() {
+        return Err(Error::spec(format!(
+            "healing diverged: the loss or its gradient is not finite at optimizer step {step}; lower learning_rate"
+        )));
+    }
+    let learning_rate = learning_rate(settings, step);
+    optimizer.update(&adapters.variables, &gradients, step, learning_rate)?;
+    let point = LossPoint { step, loss, learning_rate };
+    progress.curve.push(point);
+    progress.step += 1;
+    progress.tokens += batch.iter().map(|w| w.len() as u64).sum::<u64>();
+    Ok(point)
+}
