@@ -58,7 +58,8 @@ fn noise(key: u64, shape: &[usize], size: f64) -> Tensor {
 
 fn every_gradient_is_the_slope_of_the_loss(tiny: Tiny, dropout: f64) {
     let dir = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(&Tiny { dtype: Dtype::F32, layers: 3, ..tiny }.write(dir.path())).unwrap();
+    let checkpoint =
+        Checkpoint::open(&Tiny { dtype: Dtype::F32, layers: 3, ..tiny }.write(dir.path())).unwrap();
     let settings = QloraSettings { dropout, ..settings(&checkpoint) };
     let adapters = disturbed(&checkpoint, &settings);
     let decoder = Decoder::open_frozen(&checkpoint, &compute(), BaseBits::Sixteen).unwrap();
@@ -147,7 +148,14 @@ fn a_training_stopped_anywhere_goes_on_and_ends_with_the_same_bytes() {
     let windows = Windows::split(windows(8)).unwrap();
     let compute = compute();
     let run = |scratch: &std::path::Path, observer: &dyn Observer| {
-        train(&checkpoint, &settings, &windows, 5, scratch, Cx { stage: Stage::Heal, compute: &compute, observer })
+        train(
+            &checkpoint,
+            &settings,
+            &windows,
+            5,
+            scratch,
+            Cx { stage: Stage::Heal, compute: &compute, observer },
+        )
     };
     let bytes = |adapters: &Adapters| -> Vec<Vec<f32>> {
         adapters.variables.iter().map(|v| v.flatten_all().unwrap().to_vec1().unwrap()).collect()
@@ -187,6 +195,8 @@ fn an_unknown_target_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(&Tiny::llama().write(dir.path())).unwrap();
     let settings = QloraSettings { targets: vec!["c_fc".into()], ..settings(&checkpoint) };
-    let Err(error) = Adapters::new(checkpoint.config(), &settings, 0, &Device::Cpu) else { panic!("accepted") };
+    let Err(error) = Adapters::new(checkpoint.config(), &settings, 0, &Device::Cpu) else {
+        panic!("accepted")
+    };
     assert!(error.to_string().contains("c_fc") && error.to_string().contains("down_proj"), "{error}");
 }

@@ -7,10 +7,10 @@
 
 use candle_core::{Tensor, Var};
 
+use crate::engine::model::checkpoint::LINEARS;
 use crate::engine::model::layer::Layer;
 use crate::engine::model::lora::{Adapter, Dropout, stream_key};
-use crate::engine::model::{Decoder, Config, ops, pad};
-use crate::engine::model::checkpoint::LINEARS;
+use crate::engine::model::{Config, Decoder, ops, pad};
 use crate::engine::{Error, Result};
 use crate::job::preset::QloraSettings;
 
@@ -36,13 +36,20 @@ impl Adapters {
     ///
     /// # Errors
     /// A spec error when a target is no linear layer.
-    pub fn new(config: &Config, settings: &QloraSettings, seed: u64, device: &candle_core::Device) -> Result<Self> {
+    pub fn new(
+        config: &Config,
+        settings: &QloraSettings,
+        seed: u64,
+        device: &candle_core::Device,
+    ) -> Result<Self> {
         let mut targets = Vec::new();
         for target in &settings.targets {
             let found = LINEARS.iter().position(|(name, _)| name == target);
             targets.push(found.ok_or_else(|| {
                 let names = LINEARS.map(|(name, _)| name).join(", ");
-                Error::spec(format!("heal target \"{target}\" is no linear layer of this model; there are {names}"))
+                Error::spec(format!(
+                    "heal target \"{target}\" is no linear layer of this model; there are {names}"
+                ))
             })?);
         }
         targets.sort_unstable();

@@ -13,7 +13,13 @@ use crate::job::preset::QloraSettings;
 
 /// Writes `adapter_config.json` and `adapter_model.safetensors` into `dir`.
 /// `base` is the checkpoint the adapter belongs to, as its users will find it.
-pub fn save(dir: &Path, base: &str, layer_count: usize, adapters: &Adapters, settings: &QloraSettings) -> Result<()> {
+pub fn save(
+    dir: &Path,
+    base: &str,
+    layer_count: usize,
+    adapters: &Adapters,
+    settings: &QloraSettings,
+) -> Result<()> {
     std::fs::create_dir_all(dir)?;
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for layer in 0..layer_count {

@@ -109,12 +109,11 @@ pub fn train(
         if progress.step % settings.checkpoint_every == 0 {
             progress.save(&file, &adapters, &optimizer)?;
         }
-        cx.advanced("training adapters", u64::from(progress.step), u64::from(settings.steps), "steps").or_else(
-            |stop| {
+        cx.advanced("training adapters", u64::from(progress.step), u64::from(settings.steps), "steps")
+            .or_else(|stop| {
                 progress.save(&file, &adapters, &optimizer)?;
                 Err(stop)
-            },
-        )?;
+            })?;
     }
     let Progress { curve, tokens, held_out_before, .. } = progress;
     Ok(Trained { adapters, curve, tokens, held_out_before })
