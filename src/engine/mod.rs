@@ -1,9 +1,15 @@
 //! The five stages on their own: no HTTP, no SQL, no tokio, no network.
 
 pub mod data;
+pub mod distance;
 pub mod eval;
+pub mod export;
 pub mod heal;
 pub mod model;
+pub mod profile;
+pub mod prune;
+pub mod select;
+pub mod workspace;
 
 use crate::job::progress::{Event, Observer, Stage};
 use crate::job::report::{Failure, FailureKind};

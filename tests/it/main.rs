@@ -4,7 +4,16 @@
 mod examples;
 #[cfg(feature = "engine")]
 mod heal;
+#[cfg(feature = "engine")]
+mod profile;
+#[cfg(feature = "engine")]
+mod prune;
+#[cfg(feature = "engine")]
+mod select;
+mod state;
 mod support;
 mod tidy;
 #[cfg(feature = "engine")]
 mod tiny;
+#[cfg(feature = "engine")]
+mod workspace;

@@ -1,4 +1,6 @@
 //! What tests share: tiny models, a private database, a running service.
 
 #[cfg(feature = "engine")]
+pub mod rig;
+#[cfg(feature = "engine")]
 pub mod tiny;

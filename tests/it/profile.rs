@@ -1,0 +1,162 @@
+//! One pass over the windows gives every block of every length.
+
+use std::f64::consts::PI;
+
+use candle_core::Tensor;
+use secateur::engine::model::{Checkpoint, Decoder};
+use secateur::engine::profile::profile;
+use secateur::job::progress::{Event, Stage};
+use secateur::job::report::LayerProfile;
+use secateur::job::spec::{CalibrationSpec, Distance, TokenPosition};
+
+use crate::support::rig::{Rig, windows};
+use crate::support::tiny::Tiny;
+
+fn spec(position: TokenPosition) -> CalibrationSpec {
+    CalibrationSpec { position, batch_size: 3, ..CalibrationSpec::default() }
+}
+
+fn measure(rig: &Rig, base: &Checkpoint, windows: &[Vec<u32>], spec: &CalibrationSpec) -> LayerProfile {
+    profile(base, windows, spec, rig.cx(Stage::Profile)).unwrap()
+}
+
+/// Streams of one window at every seam, `[seam][token][h]`.
+fn streams(rig: &Rig, base: &Checkpoint, window: &[u32]) -> Vec<Vec<Vec<f32>>> {
+    let decoder = Decoder::open(base, &rig.compute).unwrap();
+    let tokens = Tensor::new(window, &rig.compute.device).unwrap().unsqueeze(0).unwrap();
+    let x = decoder.embed(&tokens).unwrap();
+    let mut out = vec![x.squeeze(0).unwrap().to_vec2().unwrap()];
+    decoder
+        .layers(x, 0..base.config().layer_count, |_, x| {
+            out.push(x.squeeze(0)?.to_vec2()?);
+            Ok(())
+        })
+        .unwrap();
+    out
+}
+
+/// The paper's eq. 7, word for word, in float64.
+fn angle(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    (dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt())).clamp(-1.0, 1.0).acos() / PI
+}
+
+#[test]
+fn every_cell_is_the_papers_formula() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    let windows = windows(5, 32);
+    for position in [TokenPosition::Last, TokenPosition::Mean] {
+        let measured = measure(&rig, &base, &windows, &spec(position));
+        let all: Vec<_> = windows.iter().map(|w| streams(&rig, &base, w)).collect();
+        for n in 1..=6 {
+            assert_eq!(measured.by_len[n - 1].len(), 6 - n + 1);
+            for l in 0..=6 - n {
+                let samples: Vec<f64> = all
+                    .iter()
+                    .map(|seams| {
+                        let count = seams[0].len();
+                        let first = if position == TokenPosition::Last { count - 1 } else { 0 };
+                        let angles = (first..count).map(|t| angle(&seams[l][t], &seams[l + n][t]));
+                        angles.sum::<f64>() / (count - first) as f64
+                    })
+                    .collect();
+                let mean = samples.iter().sum::<f64>() / 5.0;
+                let spread = samples.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / 4.0;
+                assert!((measured.by_len[n - 1][l] - mean).abs() < 1e-6, "{position:?} n {n} l {l}");
+                assert!((measured.stderr[n - 1][l] - (spread / 5.0).sqrt()).abs() < 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn batching_and_padding_change_nothing() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::mistral());
+    let windows = windows(7, 40);
+    for position in [TokenPosition::Last, TokenPosition::Mean] {
+        let one = measure(&rig, &base, &windows, &CalibrationSpec { batch_size: 1, ..spec(position) });
+        let many = measure(&rig, &base, &windows, &CalibrationSpec { batch_size: 5, ..spec(position) });
+        assert_eq!((one.samples, one.tokens), (many.samples, many.tokens));
+        let cells = |p: &LayerProfile| -> Vec<f64> {
+            let rows = p.by_len.iter().chain(&p.stderr).flatten();
+            rows.chain(&p.influence).chain(&p.relative_magnitude).copied().collect()
+        };
+        for (a, b) in cells(&one).iter().zip(cells(&many)) {
+            assert!((a - b).abs() < 1e-5, "{a} {b}");
+        }
+    }
+}
+
+#[test]
+fn an_identity_layer_lies_at_distance_nothing() {
+    for idle in [0, 3, 5] {
+        let rig = Rig::new();
+        let base = rig.base(&Tiny { identity: vec![idle], ..Tiny::llama() });
+        let measured = measure(&rig, &base, &windows(4, 24), &spec(TokenPosition::Last));
+        for (l, distance) in measured.by_len[0].iter().enumerate() {
+            assert_eq!(*distance < 1e-6, l == idle, "layer {l}: {distance}");
+        }
+        assert!(measured.influence[idle].abs() < 1e-12);
+        assert!(measured.relative_magnitude[idle].abs() < 1e-6);
+        assert!((measured.norm[idle] - measured.norm[idle + 1]).abs() < 1e-9);
+    }
+}
+
+#[test]
+fn cosine_is_one_less_the_cosine() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    let windows = windows(1, 16);
+    let angular = measure(&rig, &base, &windows, &spec(TokenPosition::Last));
+    let cosine = CalibrationSpec { distance: Distance::Cosine, ..spec(TokenPosition::Last) };
+    let cosine = measure(&rig, &base, &windows, &cosine);
+    assert_eq!((angular.unit.as_str(), cosine.unit.as_str()), ("pi", "cosine"));
+    for (a, c) in angular.by_len.iter().flatten().zip(cosine.by_len.iter().flatten()) {
+        assert!((1.0 - (a * PI).cos() - c).abs() < 1e-9);
+    }
+    assert_eq!(cosine.influence, cosine.by_len[0]);
+}
+
+#[test]
+fn progress_is_told_with_every_batch() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    measure(&rig, &base, &windows(7, 16), &spec(TokenPosition::Last));
+    let done: Vec<(u64, u64)> = rig
+        .ear
+        .heard()
+        .into_iter()
+        .filter_map(|e| if let Event::Advanced { done, total, .. } = e { Some((done, total)) } else { None })
+        .collect();
+    assert_eq!(done, [(3, 7), (6, 7), (7, 7)]);
+}
+
+#[test]
+fn nan_in_the_weights_is_found_before_any_compute_and_named() {
+    let rig = Rig::new();
+    let dir = Tiny::llama().write_with(rig.path("base"), |w| {
+        if w.name == "model.layers.2.mlp.up_proj.weight" {
+            w.values[5] = f32::NAN;
+        }
+    });
+    let base = Checkpoint::open(&dir).unwrap();
+    let error = profile(&base, &windows(2, 16), &spec(TokenPosition::Last), rig.cx(Stage::Profile));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("model.layers.2.mlp.up_proj.weight") && error.contains("NaN"), "{error}");
+    assert!(rig.ear.heard().is_empty());
+}
+
+#[test]
+fn a_stream_that_overflows_names_the_layer() {
+    let rig = Rig::new();
+    let dir = Tiny::llama().write_with(rig.path("base"), |w| {
+        if w.name == "model.layers.3.mlp.down_proj.weight" {
+            w.values.iter_mut().for_each(|v| *v = 3e38);
+        }
+    });
+    let base = Checkpoint::open(&dir).unwrap();
+    let error = profile(&base, &windows(2, 16), &spec(TokenPosition::Last), rig.cx(Stage::Profile));
+    assert!(error.unwrap_err().to_string().contains("layer 3"));
+}
