@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use candle_core::{DType, Device};
+use secateur::engine::Cx;
 use secateur::engine::model::{Checkpoint, Compute};
 use secateur::engine::workspace::Workspace;
-use secateur::engine::Cx;
 use secateur::job::progress::{Event, Observer, Stage};
 use tempfile::TempDir;
 
