@@ -2,3 +2,5 @@
 
 pub mod db;
 pub mod http;
+pub mod local_pg;
+pub mod store;

@@ -1,1 +1,258 @@
-//! Supervises children.
+//! Supervises children: one worker per device, one child process per attempt.
+//!
+//! A [`turn`](Worker::turn) claims a job, runs `secateur run -` in the job's
+//! workspace, and ends the attempt under its lease. The workspace stays between
+//! attempts, so what one attempt has recorded the next one does not repeat.
+//!
+//! | the child | the attempt |
+//! |---|---|
+//! | exits 0 | its files go to the store, the job succeeds |
+//! | tells [`Event::Failed`](crate::job::progress::Event::Failed) and exits 1 | fails, or is tried again when another attempt may end differently |
+//! | exits 2 | the spec cannot be met |
+//! | stops on SIGTERM (143) | is given back and costs nothing |
+//! | dies without a word | crashed: is tried again |
+
+mod child;
+mod lease;
+mod product;
+mod record;
+mod steward;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::sync::broadcast;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::job::report::{Failure, FailureKind};
+use crate::job::state::JobState;
+use crate::service::db::{Database, Dead, Error, JobRow, Lease, Limits, Signal, WorkerSelf};
+use crate::service::store::Store;
+use child::Outcome;
+use lease::Keeper;
+
+/// How workers behave.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Holds `work/<job>`, the workspaces, and `workers/`, who is here.
+    pub data: PathBuf,
+    /// The program that runs an attempt, and words before `run`.
+    pub program: Vec<OsString>,
+    /// How long a lease lives without a heartbeat.
+    pub ttl: Duration,
+    /// How often to look for work when no signal comes.
+    pub poll: Duration,
+    /// How long a child may take to stop before it is killed.
+    pub stop_grace: Duration,
+    /// How long a child may go on while the database is away.
+    pub max_offline: Duration,
+    pub limits: Limits,
+}
+
+impl Settings {
+    /// The usual ones, for this very program.
+    pub fn new(data: PathBuf) -> std::io::Result<Self> {
+        Ok(Self {
+            data,
+            program: vec![std::env::current_exe()?.into()],
+            ttl: Duration::from_secs(60),
+            poll: Duration::from_secs(5),
+            stop_grace: Duration::from_secs(60),
+            max_offline: Duration::from_mins(30),
+            limits: Limits::default(),
+        })
+    }
+}
+
+/// How work is told to end: first in order, then at once.
+#[derive(Debug, Clone, Default)]
+pub struct Shutdown {
+    /// Claim nothing more, stop the child at its next seam, give the job back.
+    pub drain: CancellationToken,
+    /// Kill the child now; still give the job back.
+    pub hurry: CancellationToken,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("another worker uses the device {device} with this data directory (see {at}); stop it first")]
+    DeviceTaken { device: String, at: PathBuf },
+    #[error("{0}: {1}")]
+    Io(PathBuf, std::io::Error),
+    #[error(transparent)]
+    Database(#[from] Error),
+    #[error("a worker ended by itself: {0}")]
+    Died(tokio::task::JoinError),
+}
+
+/// Runs one worker per device until `shutdown.drain`, then drains them.
+///
+/// # Errors
+/// When a worker cannot start or dies.
+pub async fn run(
+    database: Database,
+    store: Store,
+    settings: Settings,
+    devices: &[String],
+    shutdown: Shutdown,
+) -> Result<(), StartError> {
+    let mut tasks = JoinSet::new();
+    for device in devices {
+        let seat = steward::take_seat(&settings.data, device)?;
+        let worker = Worker {
+            id: seat.id,
+            device: device.clone(),
+            database: database.clone(),
+            store: store.clone(),
+            settings: settings.clone(),
+            shutdown: shutdown.clone(),
+        };
+        worker.announce().await?;
+        tasks.spawn(async move {
+            let _seat = seat;
+            worker.serve().await;
+        });
+    }
+    let steward = steward::Steward { database, store, settings, stop: shutdown.drain };
+    tasks.spawn(steward.serve());
+    while let Some(ended) = tasks.join_next().await {
+        ended.map_err(StartError::Died)?;
+    }
+    Ok(())
+}
+
+/// One device's worker.
+pub struct Worker {
+    pub id: Uuid,
+    pub device: String,
+    pub database: Database,
+    pub store: Store,
+    pub settings: Settings,
+    pub shutdown: Shutdown,
+}
+
+impl Worker {
+    /// Makes itself known, and takes away the leases of the worker that sat
+    /// here before: holding its seat is the proof that it is dead.
+    async fn announce(&self) -> Result<(), Error> {
+        let me = WorkerSelf {
+            id: self.id,
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            pid: std::process::id() as i32,
+            device: self.device.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        };
+        self.database.worker_started(&me).await?;
+        let dead = self.database.reap(Dead::Worker(self.id), self.settings.limits).await?;
+        if dead > 0 {
+            tracing::warn!(device = self.device, "took back the job of a worker that died");
+        }
+        Ok(())
+    }
+
+    async fn serve(&self) {
+        let mut signals = self.database.signals();
+        tracing::info!(device = self.device, worker = %self.id, "worker is ready");
+        while !self.shutdown.drain.is_cancelled() {
+            match self.turn().await {
+                Ok(true) => {}
+                Ok(false) => self.rest(&mut signals).await,
+                Err(error) => {
+                    tracing::warn!(device = self.device, %error, "no work now");
+                    self.rest(&mut signals).await;
+                }
+            }
+        }
+        if let Err(error) = self.database.worker_left(self.id).await {
+            tracing::debug!(%error, "left without a word");
+        }
+    }
+
+    /// Waits for a signal that there may be work, or for the time to look anyway.
+    async fn rest(&self, signals: &mut broadcast::Receiver<Signal>) {
+        let knock = async {
+            // A lagging receiver has missed signals: one of them may have been for us.
+            while let Ok(Signal::Told(_) | Signal::Wished(_)) = signals.recv().await {}
+        };
+        tokio::select! {
+            () = knock => {}
+            () = tokio::time::sleep(self.settings.poll) => {}
+            () = self.shutdown.drain.cancelled() => {}
+        }
+        if let Err(error) = self.database.worker_seen(self.id).await {
+            tracing::debug!(%error, "not seen");
+        }
+    }
+
+    /// Claims one job and runs one attempt of it. False when none waits.
+    pub async fn turn(&self) -> Result<bool, Error> {
+        let Some((lease, job)) = self.database.claim(self.id, self.settings.ttl).await? else {
+            return Ok(false);
+        };
+        let workspace = self.settings.data.join("work").join(job.id.to_string());
+        tracing::info!(job = %job.id, attempt = job.attempt, epoch = job.epoch, "attempt begins");
+        let keeper = Keeper::start(&self.database, lease, self.id, &self.settings);
+        let outcome = match self.prepare(&job, &workspace).await {
+            Ok(spec) => child::run(self, &keeper, lease, &spec, &workspace).await,
+            Err(failure) => Outcome::Failed(failure),
+        };
+        let ended = self.end(&keeper, lease, outcome, &workspace).await;
+        match ended {
+            Ok(state) => {
+                tracing::info!(job = %job.id, epoch = job.epoch, %state, "attempt ended");
+                if state.is_terminal() {
+                    steward::remove_workspace(&workspace).await;
+                }
+            }
+            Err(Error::LeaseLost) => {
+                tracing::warn!(job = %job.id, epoch = job.epoch, "the lease was lost; nothing is written");
+            }
+            Err(error) => tracing::error!(job = %job.id, epoch = job.epoch, %error, "attempt not ended"),
+        }
+        Ok(true)
+    }
+
+    /// The spec as the child shall read it, its workspace made.
+    async fn prepare(&self, job: &JobRow, workspace: &std::path::Path) -> Result<Vec<u8>, Failure> {
+        let storage = |e: std::io::Error| Failure {
+            kind: FailureKind::Storage,
+            stage: None,
+            message: format!("cannot make the workspace {}: {e}", workspace.display()),
+        };
+        std::fs::create_dir_all(workspace).map_err(storage)?;
+        let spec = product::resolve(&self.database, &self.store, job).await?;
+        Ok(serde_json::to_vec(&spec).expect("a spec is JSON. This is a bug."))
+    }
+
+    /// Ends the attempt under its lease. Waits for the database if it must.
+    async fn end(
+        &self,
+        keeper: &Keeper,
+        lease: Lease,
+        outcome: Outcome,
+        workspace: &std::path::Path,
+    ) -> Result<JobState, Error> {
+        let limits = self.settings.limits;
+        let outcome = match outcome {
+            Outcome::Succeeded => match product::store(&self.store, lease, workspace).await {
+                Ok(files) => {
+                    keeper.persist(|| self.database.finish(lease, &files)).await?;
+                    return Ok(JobState::Succeeded);
+                }
+                Err(failure) => Outcome::Failed(failure),
+            },
+            other => other,
+        };
+        match outcome {
+            Outcome::Failed(failure) => {
+                tracing::warn!(job = %lease.job, kind = ?failure.kind, message = failure.message, "attempt failed");
+                keeper.persist(|| self.database.fail(lease, &failure, limits)).await
+            }
+            Outcome::Stopped(reason) => keeper.persist(|| self.database.release(lease, reason)).await,
+            Outcome::Lost | Outcome::Succeeded => Err(Error::LeaseLost),
+        }
+    }
+}

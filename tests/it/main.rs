@@ -4,6 +4,8 @@
 mod examples;
 #[cfg(feature = "engine")]
 mod heal;
+#[cfg(feature = "service")]
+mod local_pg;
 #[cfg(feature = "engine")]
 mod profile;
 #[cfg(feature = "engine")]

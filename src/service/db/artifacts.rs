@@ -57,6 +57,22 @@ impl Database {
         .await?;
         Ok(row)
     }
+
+    /// Which of these attempts, over all tenants, have visible files or still
+    /// hold their lease: their files in the store must stay.
+    pub async fn epochs_wanted(&self, epochs: &[(Uuid, i64)]) -> Result<Vec<(Uuid, i64)>> {
+        let (jobs, numbers): (Vec<Uuid>, Vec<i64>) = epochs.iter().copied().unzip();
+        let wanted = sqlx::query_as(
+            "select f.job_id, f.epoch from unnest($1::uuid[], $2::bigint[]) as f (job_id, epoch)
+             where exists (select from artifacts a where a.job_id = f.job_id and a.epoch = f.epoch)
+                or exists (select from leases l where l.job_id = f.job_id and l.epoch = f.epoch)",
+        )
+        .bind(jobs)
+        .bind(numbers)
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(wanted)
+    }
 }
 
 /// Makes stored files visible, within the transaction that ends the job.

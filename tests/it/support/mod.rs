@@ -1,5 +1,7 @@
 //! What tests share: tiny models, a private database, a running service.
 
+#[cfg(feature = "service")]
+pub mod postgres;
 #[cfg(feature = "engine")]
 pub mod rig;
 #[cfg(feature = "engine")]

@@ -1,0 +1,207 @@
+//! Housekeeping: who sits where, dead leases, files nobody needs.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use time::OffsetDateTime;
+use tokio::sync::broadcast::error::TryRecvError;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::{Settings, StartError};
+use crate::service::db::{Database, Dead, Error, Signal};
+use crate::service::store::{Store, epoch_prefix};
+
+const SWEEP_EVERY: Duration = Duration::from_mins(5);
+
+/// A worker's place at a device. Its lock falls with the process, so whoever
+/// takes it next knows that the worker before is dead, and has its id.
+pub struct Seat {
+    pub id: Uuid,
+    _lock: File,
+}
+
+/// Takes the place at `device`. Two workers never share one.
+pub fn take_seat(data: &Path, device: &str) -> Result<Seat, StartError> {
+    let directory = data.join("workers");
+    let name: String = device.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let at = directory.join(name);
+    let io = |e: io::Error| StartError::Io(at.clone(), e);
+    fs::create_dir_all(&directory).map_err(io)?;
+    let mut lock =
+        OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&at).map_err(io)?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            return Err(StartError::DeviceTaken { device: device.into(), at });
+        }
+        Err(e) => return Err(io(e.into())),
+    }
+    // The id is good on this host only: a copied directory is another place.
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let mut text = String::new();
+    lock.read_to_string(&mut text).map_err(io)?;
+    let known = text.split_once(' ').filter(|(_, h)| h.trim() == host).and_then(|(id, _)| id.parse().ok());
+    let id = known.unwrap_or_else(Uuid::new_v4);
+    let write = |lock: &mut File| {
+        lock.rewind()?;
+        lock.set_len(0)?;
+        writeln!(lock, "{id} {host}")?;
+        lock.sync_all()
+    };
+    write(&mut lock).map_err(io)?;
+    Ok(Seat { id, _lock: lock })
+}
+
+/// Removes the workspace of a job that has ended.
+pub async fn remove_workspace(workspace: &Path) {
+    let path = workspace.to_owned();
+    let removed = tokio::task::spawn_blocking(move || fs::remove_dir_all(path)).await;
+    match removed {
+        Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(%error, workspace = %workspace.display(), "workspace not removed; swept later");
+        }
+        Ok(_) | Err(_) => {}
+    }
+}
+
+/// Looks after what no single worker looks after. Each process has one; they
+/// need no leader.
+pub struct Steward {
+    pub database: Database,
+    pub store: Store,
+    pub settings: Settings,
+    pub stop: CancellationToken,
+}
+
+impl Steward {
+    pub async fn serve(self) {
+        let mut signals = self.database.signals();
+        let mut ticks = interval(self.settings.ttl / 4);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut watch = Watch::default();
+        let mut swept: Option<Instant> = None;
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            loop {
+                match signals.try_recv() {
+                    Ok(Signal::Reconnected) | Err(TryRecvError::Lagged(_)) => watch.broken(),
+                    Ok(_) => {}
+                    Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+                }
+            }
+            if let Err(error) = self.reap(&mut watch).await {
+                watch.broken();
+                tracing::warn!(%error, "cannot look for dead leases");
+                continue;
+            }
+            if swept.is_none_or(|at| at.elapsed() >= SWEEP_EVERY) {
+                swept = Some(Instant::now());
+                if let Err(error) = self.sweep().await {
+                    tracing::warn!(%error, "cannot sweep");
+                }
+            }
+        }
+    }
+
+    /// Takes dead leases away once the database has been in reach for a whole TTL:
+    /// after an outage every living worker needs that time to beat again.
+    async fn reap(&self, watch: &mut Watch) -> Result<(), Error> {
+        let now = self.database.ping().await?;
+        if watch.unbroken(now, self.settings.ttl) < self.settings.ttl {
+            return Ok(());
+        }
+        let dead = self.database.reap(Dead::Expired, self.settings.limits).await?;
+        if dead > 0 {
+            tracing::warn!(dead, "leases had run out");
+        }
+        Ok(())
+    }
+
+    /// Removes workspaces of jobs that have ended and stored files no commit names.
+    async fn sweep(&self) -> Result<(), Error> {
+        let work = self.settings.data.join("work");
+        let (store, at) = (self.store.clone(), work.clone());
+        let listed =
+            tokio::task::spawn_blocking(move || (workspaces(&at), store.epochs().unwrap_or_default()));
+        let Ok((workspaces, epochs)) = listed.await else { return Ok(()) };
+        let unfinished = self.database.jobs_unfinished(&workspaces).await?;
+        for id in workspaces.into_iter().filter(|id| !unfinished.contains(id)) {
+            remove_workspace(&work.join(id.to_string())).await;
+        }
+        let wanted = self.database.epochs_wanted(&epochs).await?;
+        for (job, epoch) in epochs.into_iter().filter(|e| !wanted.contains(e)) {
+            tracing::info!(%job, epoch, "removing files of an attempt that did not count");
+            if let Err(error) = self.store.remove(&epoch_prefix(job, epoch)) {
+                tracing::warn!(%error, %job, epoch, "files not removed");
+            }
+        }
+        Ok(())
+    }
+}
+
+fn workspaces(work: &PathBuf) -> Vec<Uuid> {
+    let entries = fs::read_dir(work).into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// How long the database has been in reach without a break.
+#[derive(Default)]
+struct Watch {
+    since: Option<Instant>,
+    /// The last look: our clock and the database's.
+    last: Option<(Instant, OffsetDateTime)>,
+}
+
+impl Watch {
+    fn broken(&mut self) {
+        self.since = None;
+    }
+
+    /// Notes that the database answered at its time `now`. If its clock has
+    /// moved much more than ours, one of us was asleep, and so may have been
+    /// the other workers.
+    fn unbroken(&mut self, now: OffsetDateTime, ttl: Duration) -> Duration {
+        if let Some((at, then)) = self.last {
+            if now - then > at.elapsed() + ttl / 4 || at.elapsed() > ttl {
+                self.since = None;
+            }
+        }
+        self.last = Some((Instant::now(), now));
+        self.since.get_or_insert_with(Instant::now).elapsed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_whole_ttl_without_a_break_allows_to_reap() {
+        let ttl = Duration::from_secs(60);
+        let (mut watch, mut now) = (Watch::default(), OffsetDateTime::UNIX_EPOCH);
+        let step = Duration::from_secs(15);
+        let mut look = async |watch: &mut Watch, database_moves: Duration| {
+            tokio::time::advance(step).await;
+            now += database_moves;
+            watch.unbroken(now, ttl) >= ttl
+        };
+        for _ in 0..4 {
+            assert!(!look(&mut watch, step).await);
+        }
+        assert!(look(&mut watch, step).await);
+        watch.broken();
+        for _ in 0..4 {
+            assert!(!look(&mut watch, step).await);
+        }
+        assert!(look(&mut watch, step).await);
+        assert!(!look(&mut watch, Duration::from_hours(1)).await, "the machine slept");
+    }
+}
