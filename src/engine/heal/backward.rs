@@ -68,6 +68,11 @@ impl Adapters {
         Ok(Self { variables, targets, scale, dropout: settings.dropout })
     }
 
+    pub fn layer_count(&self) -> usize {
+        self.variables.len() / (2 * self.targets.len())
+    }
+
+    /// Trained parameters.
     pub fn parameters(&self) -> u64 {
         self.variables.iter().map(|v| v.elem_count() as u64).sum()
     }

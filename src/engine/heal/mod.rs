@@ -1,10 +1,152 @@
 //! Closing the wound: healing methods, run in the order asked. One that makes
 //! the held-out loss worse is thrown away, with a word in the report.
 
-mod adamw;
+pub mod adamw;
 pub mod backward;
 mod peft;
 mod qlora;
 mod resume;
 
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::Tensor;
+use safetensors::Dtype;
+
 pub use qlora::{Trained, Windows, train};
+
+use super::export::safetensors::{Draft, Planned, convert};
+use super::model::checkpoint::linear_name;
+use super::model::lora::Adapter;
+use super::model::quant::widen;
+use super::model::{Checkpoint, Decoder};
+use super::workspace::Workspace;
+use super::{Cx, Error, Result};
+use crate::job::preset::ModelFacts;
+use crate::job::report::{CheckpointRef, HealReport};
+use crate::job::spec::{Corpus, HealMethod, JobSpec, QloraSpec};
+
+/// Name of the healed checkpoint in a workspace.
+pub const HEALED: &str = "healed";
+/// Name of the adapter, in PEFT's layout, in a workspace.
+pub const ADAPTER: &str = "adapter";
+/// A healed checkpoint that has not been judged yet.
+const CANDIDATE: &str = "healing";
+
+/// What healing starts from.
+pub struct Wound<'a> {
+    pub spec: &'a JobSpec,
+    /// The model before the cut.
+    pub base: ModelFacts,
+    /// Layers cut.
+    pub dropped: u32,
+    pub pruned: &'a CheckpointRef,
+}
+
+/// Gives at most so many token windows of a corpus: corpus, `seq_len`, windows wanted.
+pub type WindowsOf<'a> = &'a mut dyn FnMut(&Corpus, usize, usize) -> Result<Vec<Vec<u32>>>;
+
+/// Runs the methods of the spec, one on what the other left. Gives their reports and
+/// the names of what is left in the workspace: `healed` and `adapter`, or nothing when
+/// no method helped.
+pub fn heal(
+    wound: &Wound,
+    windows: WindowsOf,
+    workspace: &Workspace,
+    scratch: &Path,
+    cx: Cx,
+) -> Result<(Vec<HealReport>, Vec<String>)> {
+    workspace.retract(HEALED)?;
+    workspace.retract(ADAPTER)?;
+    let mut current = wound.pruned.clone();
+    let mut reports = Vec::new();
+    let mut left: Vec<String> = Vec::new();
+    for (i, HealMethod::Qlora(spec)) in wound.spec.heal.iter().enumerate() {
+        let scratch = scratch.join(format!("{i}"));
+        let report = qlora(wound, spec, &current, windows, workspace, &scratch, cx)?;
+        if let Some(healed) = &report.checkpoint {
+            current = healed.clone();
+            left = vec![HEALED.to_owned(), ADAPTER.to_owned()];
+        }
+        reports.push(report);
+    }
+    Ok((reports, left))
+}
+
+fn qlora(
+    wound: &Wound,
+    spec: &QloraSpec,
+    current: &CheckpointRef,
+    windows: WindowsOf,
+    workspace: &Workspace,
+    scratch: &Path,
+    cx: Cx,
+) -> Result<HealReport> {
+    let settings = spec.settings(wound.spec.preset, &wound.base, wound.dropped);
+    let found = windows(&spec.corpus, settings.seq_len as usize, Windows::wanted(&settings))?;
+    let windows = Windows::split(found)?;
+    let source = Checkpoint::open(&workspace.dir().join(&current.path))?;
+    let trained = train(&source, &settings, &windows, wound.spec.seed, scratch, cx)?;
+    let candidate = write_merged(&source, &trained, workspace, cx)?;
+    let after = {
+        let healed = Checkpoint::open(&workspace.dir().join(CANDIDATE))?;
+        backward::mean_loss(&Decoder::open(&healed, cx.compute)?, &windows.held_out)?
+    };
+    let reverted = after >= trained.held_out_before;
+    let checkpoint = if reverted {
+        cx.note(format!(
+            "healing made the held-out loss worse ({:.4} to {after:.4} nats a token) and was thrown away",
+            trained.held_out_before
+        ));
+        workspace.retract(CANDIDATE)?;
+        None
+    } else {
+        let adapter = workspace.part(ADAPTER)?;
+        peft::save(&adapter, &current.path, &trained.adapters, &settings)?;
+        workspace.publish(&adapter, ADAPTER)?;
+        workspace.publish(&workspace.dir().join(CANDIDATE), HEALED)?;
+        Some(CheckpointRef { path: HEALED.to_owned(), ..candidate })
+    };
+    Ok(HealReport {
+        method: "qlora".to_owned(),
+        settings,
+        trainable_parameters: trained.adapters.parameters(),
+        tokens: trained.tokens,
+        curve: trained.curve,
+        held_out_before: trained.held_out_before,
+        held_out_after: after,
+        reverted,
+        checkpoint,
+    })
+}
+
+/// Writes `source` with the adapters merged into its own weights – not into the
+/// quantised ones they were trained over – rounded once to the type they have.
+fn write_merged(source: &Checkpoint, trained: &Trained, workspace: &Workspace, cx: Cx) -> Result<CheckpointRef> {
+    let mut adapters: HashMap<String, Adapter> = HashMap::new();
+    for layer in 0..source.config().layer_count {
+        for target in &trained.adapters.targets {
+            if let Some(adapter) = trained.adapters.trained(layer, *target) {
+                adapters.insert(format!("{}.weight", linear_name(layer, *target)), adapter);
+            }
+        }
+    }
+    let planned = source.names().filter_map(|name| {
+        let info = source.info(name)?;
+        Some(Planned { name: name.to_owned(), dtype: info.dtype, shape: info.shape.clone() })
+    });
+    let draft = Draft { config: source.config().raw().clone(), companions: source.dir(), tensors: planned.collect() };
+    draft.write(workspace, CANDIDATE, cx, |tensor| {
+        let Some(adapter) = adapters.get(&tensor.name) else {
+            return Ok(Cow::Borrowed(source.bytes(&tensor.name)?));
+        };
+        let weight = Tensor::from_vec(widen(source, &tensor.name)?, tensor.shape.clone(), adapter.a.device())?;
+        let merged: Vec<f32> = adapter.merge(&weight)?.flatten_all()?.to_vec1()?;
+        if merged.iter().any(|w| !w.is_finite()) {
+            return Err(Error::spec(format!("healing left {} not finite; lower learning_rate", tensor.name)));
+        }
+        let bytes: Vec<u8> = merged.iter().flat_map(|w| w.to_le_bytes()).collect();
+        Ok(Cow::Owned(convert(&tensor.name, &bytes, Dtype::F32, tensor.dtype)?.into_owned()))
+    })
+}

@@ -20,9 +20,8 @@ pub fn save(
     adapters: &Adapters,
     settings: &QloraSettings,
 ) -> Result<()> {
-    std::fs::create_dir_all(dir)?;
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
-    for layer in 0..layer_count {
+    for layer in 0..adapters.layer_count() {
         for target in &adapters.targets {
             if let Some(adapter) = adapters.trained(layer, *target) {
                 let name = format!("base_model.model.{}", linear_name(layer, *target));

@@ -7,7 +7,7 @@
 
 use std::sync::LazyLock;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -228,16 +228,6 @@ pub fn widen(checkpoint: &Checkpoint, name: &str) -> Result<Vec<f32>> {
                 "tensor {name} is {other:?}; only BF16, F16 and F32 can be used"
             )));
         }
-    })
-}
-
-/// Float32 values as the bytes of `dtype`, rounded to nearest even.
-pub fn narrow(values: &[f32], dtype: DType) -> Result<Vec<u8>> {
-    Ok(match dtype {
-        DType::BF16 => values.par_iter().flat_map_iter(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-        DType::F16 => values.par_iter().flat_map_iter(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        DType::F32 => values.par_iter().flat_map_iter(|v| v.to_le_bytes()).collect(),
-        other => return Err(Error::bug(format!("weights are not written as {other:?}"))),
     })
 }
 
