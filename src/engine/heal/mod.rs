@@ -21,7 +21,7 @@ use super::model::checkpoint::linear_name;
 use super::model::lora::Adapter;
 use super::model::quant::widen;
 use super::model::{Checkpoint, Decoder};
-use super::workspace::Workspace;
+use super::workspace::{Workspace, write_json};
 use super::{Cx, Error, Result};
 use crate::job::preset::ModelFacts;
 use crate::job::report::{CheckpointRef, HealReport};
@@ -84,8 +84,9 @@ fn qlora(
     cx: Cx,
 ) -> Result<HealReport> {
     let settings = spec.settings(wound.spec.preset, &wound.base, wound.dropped);
-    let found = windows(&spec.corpus, settings.seq_len as usize, Windows::wanted(&settings))?;
-    let windows = Windows::split(found)?;
+    let windows = Windows::split(kept_windows(scratch, || {
+        windows(&spec.corpus, settings.seq_len as usize, Windows::wanted(&settings))
+    })?)?;
     let source = Checkpoint::open(&workspace.dir().join(&current.path))?;
     let trained = train(&source, &settings, &windows, wound.spec.seed, scratch, cx)?;
     let candidate = write_merged(&source, &trained, workspace, cx)?;
@@ -119,6 +120,18 @@ fn qlora(
         reverted,
         checkpoint,
     })
+}
+
+/// The healing windows, kept for the next attempt: a model may have taken minutes to write them.
+fn kept_windows(scratch: &Path, find: impl FnOnce() -> Result<Vec<Vec<u32>>>) -> Result<Vec<Vec<u32>>> {
+    let file = scratch.join("windows.json");
+    if let Some(windows) = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+        return Ok(windows);
+    }
+    let windows = find()?;
+    std::fs::create_dir_all(scratch)?;
+    write_json(&file, &windows)?;
+    Ok(windows)
 }
 
 /// Writes `source` with the adapters merged into its own weights – not into the
