@@ -16,7 +16,6 @@ use crate::job::preset::QloraSettings;
 pub fn save(
     dir: &Path,
     base: &str,
-    layer_count: usize,
     adapters: &Adapters,
     settings: &QloraSettings,
 ) -> Result<()> {
