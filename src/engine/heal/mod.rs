@@ -136,7 +136,12 @@ fn kept_windows(scratch: &Path, find: impl FnOnce() -> Result<Vec<Vec<u32>>>) ->
 
 /// Writes `source` with the adapters merged into its own weights – not into the
 /// quantised ones they were trained over – rounded once to the type they have.
-fn write_merged(source: &Checkpoint, trained: &Trained, workspace: &Workspace, cx: Cx) -> Result<CheckpointRef> {
+fn write_merged(
+    source: &Checkpoint,
+    trained: &Trained,
+    workspace: &Workspace,
+    cx: Cx,
+) -> Result<CheckpointRef> {
     let mut adapters: HashMap<String, Adapter> = HashMap::new();
     for layer in 0..source.config().layer_count {
         for target in &trained.adapters.targets {
@@ -149,12 +154,14 @@ fn write_merged(source: &Checkpoint, trained: &Trained, workspace: &Workspace, c
         let info = source.info(name)?;
         Some(Planned { name: name.to_owned(), dtype: info.dtype, shape: info.shape.clone() })
     });
-    let draft = Draft { config: source.config().raw().clone(), companions: source.dir(), tensors: planned.collect() };
+    let draft =
+        Draft { config: source.config().raw().clone(), companions: source.dir(), tensors: planned.collect() };
     draft.write(workspace, CANDIDATE, cx, |tensor| {
         let Some(adapter) = adapters.get(&tensor.name) else {
             return Ok(Cow::Borrowed(source.bytes(&tensor.name)?));
         };
-        let weight = Tensor::from_vec(widen(source, &tensor.name)?, tensor.shape.clone(), adapter.a.device())?;
+        let weight =
+            Tensor::from_vec(widen(source, &tensor.name)?, tensor.shape.clone(), adapter.a.device())?;
         let merged: Vec<f32> = adapter.merge(&weight)?.flatten_all()?.to_vec1()?;
         if merged.iter().any(|w| !w.is_finite()) {
             return Err(Error::spec(format!("healing left {} not finite; lower learning_rate", tensor.name)));

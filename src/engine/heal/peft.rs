@@ -13,12 +13,7 @@ use crate::job::preset::QloraSettings;
 
 /// Writes `adapter_config.json` and `adapter_model.safetensors` into `dir`.
 /// `base` is the checkpoint the adapter belongs to, as its users will find it.
-pub fn save(
-    dir: &Path,
-    base: &str,
-    adapters: &Adapters,
-    settings: &QloraSettings,
-) -> Result<()> {
+pub fn save(dir: &Path, base: &str, adapters: &Adapters, settings: &QloraSettings) -> Result<()> {
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for layer in 0..adapters.layer_count() {
         for target in &adapters.targets {
