@@ -1,0 +1,33 @@
+//! Rolling perplexity: every token of a window after the first is scored.
+
+use super::finite;
+use super::loglikelihood::{Request, likelihoods};
+use crate::engine::data::Windows;
+use crate::engine::model::Decoder;
+use crate::engine::{Cx, Result};
+use crate::job::report::Perplexity;
+
+/// The perplexity of the checkpoint called `which` on the windows of `corpus`.
+pub fn measure(
+    decoder: &Decoder,
+    which: &str,
+    corpus: &str,
+    windows: &Windows,
+    cx: Cx,
+) -> Result<Perplexity> {
+    let requests: Vec<_> = windows.ids.iter().map(|ids| Request { tokens: ids.clone(), from: 1 }).collect();
+    let scored = likelihoods(decoder, &requests, &format!("{which}: {corpus}"), cx)?;
+    let nll = -scored.iter().map(|s| s.log_likelihood).sum::<f64>();
+    let nll = finite(nll, which, corpus)?;
+    let tokens: u64 = requests.iter().map(|r| r.tokens.len() as u64 - 1).sum();
+    let nll_per_token = nll / tokens as f64;
+    Ok(Perplexity {
+        corpus: corpus.to_owned(),
+        value: nll_per_token.exp(),
+        nll_per_token,
+        nll_over_ln_vocab: nll_per_token / (decoder.config().vocab_size as f64).ln(),
+        // A text of no words at all, such as bare digits of padding, still has an end.
+        word_perplexity: (nll / windows.words.max(1) as f64).exp(),
+        tokens,
+    })
+}

@@ -1,0 +1,182 @@
+//! Accuracy on evaluation items, as lm-evaluation-harness scores them.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use tokenizers::Tokenizer;
+
+use super::finite;
+use super::loglikelihood::{Request, likelihoods};
+use crate::engine::data::items::Item;
+use crate::engine::model::{Config, Decoder};
+use crate::engine::{Cx, Error, Result};
+use crate::job::report::{FailureKind, TaskScore};
+
+/// What came out for one item: a line of `eval_items/<checkpoint>-<task>.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ItemResult {
+    /// Place in the item file, from 0.
+    pub item: usize,
+    /// One per choice, in nats.
+    pub log_likelihoods: Vec<f64>,
+    /// The likeliest choice; for `loglikelihood` items absent.
+    pub chosen: Option<usize>,
+    /// The likeliest choice per character; where choices have a length of their own.
+    pub chosen_norm: Option<usize>,
+    pub gold: Option<usize>,
+    pub correct: bool,
+    pub correct_norm: Option<bool>,
+}
+
+/// Scores every item with the checkpoint called `which`.
+pub fn answer(
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    which: &str,
+    task: &str,
+    items: &[Item],
+    cx: Cx,
+) -> Result<Vec<ItemResult>> {
+    let mut requests = Vec::new();
+    for item in items {
+        for (context, continuation) in pairs(item)? {
+            requests.push(request(tokenizer, decoder.config(), context, &continuation)?);
+        }
+    }
+    let mut scored = likelihoods(decoder, &requests, &format!("{which}: {task}"), cx)?.into_iter();
+    let mut out = Vec::with_capacity(items.len());
+    for (index, item) in items.iter().enumerate() {
+        let scored: Vec<_> = scored.by_ref().take(pairs(item)?.len()).collect();
+        for s in &scored {
+            finite(s.log_likelihood, which, &format!("item {index} of {task}"))?;
+        }
+        let greedy = scored.iter().all(|s| s.greedy);
+        out.push(judge(index, item, scored.iter().map(|s| s.log_likelihood).collect(), greedy));
+    }
+    Ok(out)
+}
+
+/// Accuracy over all items.
+pub fn score(task: &str, results: &[ItemResult]) -> TaskScore {
+    let n = results.len() as f64;
+    let acc = results.iter().filter(|r| r.correct).count() as f64 / n;
+    let norm: Option<Vec<bool>> = results.iter().map(|r| r.correct_norm).collect();
+    TaskScore {
+        task: task.to_owned(),
+        acc,
+        acc_norm: norm.map(|all| all.iter().filter(|c| **c).count() as f64 / n),
+        stderr: if results.len() > 1 { (acc * (1.0 - acc) / (n - 1.0)).sqrt() } else { 0.0 },
+        n: results.len() as u64,
+    }
+}
+
+/// The name of the file of item results.
+pub fn file_name(which: &str, task: &str) -> String {
+    let safe = |c: char| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' };
+    format!("{which}-{}.jsonl", task.chars().map(safe).collect::<String>())
+}
+
+/// Writes item results as JSON lines.
+pub fn write(path: &Path, results: &[ItemResult]) -> Result<()> {
+    let mut lines = Vec::new();
+    for result in results {
+        serde_json::to_writer(&mut lines, result).map_err(Error::bug)?;
+        lines.push(b'\n');
+    }
+    let parent = path.parent().unwrap_or(Path::new("."));
+    let written = fs::create_dir_all(parent)
+        .and_then(|()| fs::File::create(path))
+        .and_then(|mut file| file.write_all(&lines));
+    written.map_err(|e| Error::new(FailureKind::Storage, format!("{}: {e}", path.display())))
+}
+
+/// What is scored for an item: contexts and continuations, one space between.
+fn pairs(item: &Item) -> Result<Vec<(&str, String)>> {
+    match item {
+        Item::MultipleChoice { context, choices, .. } => {
+            Ok(choices.iter().map(|c| (context.as_str(), format!(" {c}"))).collect())
+        }
+        Item::ContextChoice { contexts, continuation, .. } => {
+            Ok(contexts.iter().map(|c| (c.as_str(), format!(" {continuation}"))).collect())
+        }
+        Item::Loglikelihood { context, continuation } => Ok(vec![(context, format!(" {continuation}"))]),
+        Item::GenerateUntil {} => Err(Error::bug("an item to generate from came through the reading")),
+    }
+}
+
+/// Context and continuation are encoded together and split by the length of the
+/// context alone, with the tokenizer's own special tokens.
+fn request(tokenizer: &Tokenizer, config: &Config, context: &str, continuation: &str) -> Result<Request> {
+    let encode = |text: String| {
+        let encoded =
+            tokenizer.encode(text, true).map_err(|e| Error::model(format!("tokenizer.json: {e}")))?;
+        Ok::<_, Error>(encoded.get_ids().to_vec())
+    };
+    let kept = context.trim_end();
+    let continuation = format!("{}{continuation}", &context[kept.len()..]);
+    let (mut tokens, mut from) = if kept.is_empty() {
+        // Nothing to go on from: the token that begins a text, as in the harness.
+        let start = config.bos_token.or(config.eos_tokens.first().copied()).ok_or_else(|| {
+            Error::data("an item has an empty context, and config.json names no token that begins a text")
+        })?;
+        let encoded = tokenizer.encode(continuation, false);
+        let encoded = encoded.map_err(|e| Error::model(format!("tokenizer.json: {e}")))?;
+        ([&[start], encoded.get_ids()].concat(), 1)
+    } else {
+        (encode(format!("{kept}{continuation}"))?, encode(kept.to_owned())?.len())
+    };
+    // What the model cannot take is cut from the left.
+    let most = config.max_position_embeddings + 1;
+    if tokens.len() > most {
+        let cut = tokens.len() - most;
+        tokens.drain(..cut);
+        from = from.saturating_sub(cut);
+    }
+    // A token that reaches over the border leaves the context empty-handed: score what there is.
+    Ok(Request { from: from.clamp(1, tokens.len()), tokens })
+}
+
+fn judge(index: usize, item: &Item, log_likelihoods: Vec<f64>, greedy: bool) -> ItemResult {
+    let result = ItemResult {
+        item: index,
+        chosen: None,
+        chosen_norm: None,
+        gold: None,
+        correct: greedy,
+        correct_norm: None,
+        log_likelihoods,
+    };
+    match item {
+        Item::MultipleChoice { choices, gold, .. } => {
+            let per_character = |(l, c): (&f64, &String)| l / c.chars().count() as f64;
+            let norm: Vec<f64> = result.log_likelihoods.iter().zip(choices).map(per_character).collect();
+            let (chosen, chosen_norm) = (first_best(&result.log_likelihoods), first_best(&norm));
+            ItemResult {
+                chosen: Some(chosen),
+                chosen_norm: Some(chosen_norm),
+                gold: Some(*gold),
+                correct: chosen == *gold,
+                correct_norm: Some(chosen_norm == *gold),
+                ..result
+            }
+        }
+        Item::ContextChoice { gold, .. } => {
+            let chosen = first_best(&result.log_likelihoods);
+            ItemResult { chosen: Some(chosen), gold: Some(*gold), correct: chosen == *gold, ..result }
+        }
+        Item::Loglikelihood { .. } | Item::GenerateUntil {} => result,
+    }
+}
+
+/// The place of the largest value, the first one on a tie.
+fn first_best(values: &[f64]) -> usize {
+    let mut best = 0;
+    for (i, v) in values.iter().enumerate() {
+        if *v > values[best] {
+            best = i;
+        }
+    }
+    best
+}
