@@ -10,8 +10,12 @@ mod api;
 mod generate;
 #[cfg(feature = "service")]
 mod migrate;
+#[cfg(feature = "engine")]
+mod observe;
 #[cfg(feature = "service")]
 mod openapi;
+#[cfg(feature = "engine")]
+mod process;
 #[cfg(feature = "engine")]
 mod run;
 #[cfg(feature = "service")]

@@ -8,6 +8,7 @@ pub mod heal;
 pub mod model;
 pub mod profile;
 pub mod prune;
+pub mod report;
 pub mod select;
 pub mod workspace;
 

@@ -11,6 +11,8 @@ mod profile;
 #[cfg(feature = "engine")]
 mod prune;
 #[cfg(feature = "engine")]
+mod report;
+#[cfg(feature = "engine")]
 mod select;
 mod state;
 mod support;

@@ -1,0 +1,155 @@
+//! The two riders of a run: JSON lines for a worker, progress bars for a person.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::process;
+use crate::job::progress::{Event, Observer, Stage};
+
+/// One JSON object a line on stdout, flushed, and nothing else there.
+#[derive(Default)]
+pub struct JsonLines {
+    /// The reader is gone: there is nobody to work for.
+    closed: AtomicBool,
+}
+
+impl Observer for JsonLines {
+    fn event(&self, event: Event) {
+        let mut line = serde_json::to_vec(&event).expect("an event is plain data. This is a bug.");
+        line.push(b'\n');
+        let mut out = std::io::stdout().lock();
+        if out.write_all(&line).and_then(|()| out.flush()).is_err() {
+            self.closed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn stop(&self) -> bool {
+        self.closed.load(Ordering::Relaxed) || process::stop_signal().is_some()
+    }
+}
+
+/// Progress bars on a terminal, plain lines elsewhere; all on stderr.
+pub struct Terminal {
+    bars: bool,
+    shown: Mutex<Shown>,
+}
+
+#[derive(Default)]
+struct Shown {
+    task: String,
+    bar: Option<ProgressBar>,
+    /// Tenths of the task that a plain line has told.
+    tenths: u64,
+    /// The latest value of each series, for the end of the bar.
+    loss: Option<f64>,
+}
+
+impl Terminal {
+    pub fn new() -> Self {
+        Self { bars: std::io::stderr().is_terminal(), shown: Mutex::default() }
+    }
+
+    fn say(&self, shown: &mut Shown, text: &str) {
+        if let Some(bar) = &shown.bar {
+            bar.println(text);
+        } else {
+            // A closed stderr is no reason to end the work.
+            writeln!(std::io::stderr(), "{text}").ok();
+        }
+    }
+
+    fn advanced(&self, shown: &mut Shown, stage: Stage, task: &str, unit: &str, done: u64, total: u64) {
+        if shown.task != task {
+            clear(shown);
+            task.clone_into(&mut shown.task);
+            shown.tenths = 0;
+            if self.bars {
+                shown.bar = Some(bar(stage, task, unit, total));
+            }
+        }
+        let loss = shown.loss.map_or(String::new(), |l| format!("  loss {l:.3}"));
+        if let Some(bar) = &shown.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            bar.set_message(loss);
+            return;
+        }
+        let tenths = if total == 0 { 10 } else { done * 10 / total };
+        if tenths > shown.tenths {
+            shown.tenths = tenths;
+            self.say(
+                shown,
+                &format!("{stage:>8}  {task}: {} of {}{loss}", amount(done, unit), amount(total, unit)),
+            );
+        }
+    }
+}
+
+impl Observer for Terminal {
+    fn event(&self, event: Event) {
+        let Ok(mut shown) = self.shown.lock() else { return };
+        let shown = &mut *shown;
+        match event {
+            Event::StageStarted { .. } | Event::Failed { .. } => clear(shown),
+            Event::Advanced { stage, task, done, total, unit } => {
+                self.advanced(shown, stage, &task, &unit, done, total);
+            }
+            Event::Measured { name, value, .. } => {
+                if name == "loss" {
+                    shown.loss = Some(value);
+                }
+            }
+            Event::Noted { stage, message } => {
+                let stage = stage.map_or("", Stage::name);
+                self.say(shown, &format!("{stage:>8}  {message}"));
+            }
+            Event::StageFinished { stage, reused, duration_ms, .. } => {
+                clear(shown);
+                let took = if reused { "as before".to_owned() } else { seconds(duration_ms) };
+                self.say(shown, &format!("{stage:>8}  done, {took}"));
+            }
+        }
+    }
+
+    fn stop(&self) -> bool {
+        process::stop_signal().is_some()
+    }
+}
+
+fn clear(shown: &mut Shown) {
+    if let Some(bar) = shown.bar.take() {
+        bar.finish_and_clear();
+    }
+    shown.task.clear();
+    shown.loss = None;
+}
+
+fn bar(stage: Stage, task: &str, unit: &str, total: u64) -> ProgressBar {
+    let count = if unit == "bytes" { "{bytes}/{total_bytes}" } else { "{pos}/{len} {prefix}" };
+    let template = format!("{stage:>8}  {task} {{wide_bar:.green}} {count}  {{eta}} left{{msg}}");
+    let bar = ProgressBar::new(total);
+    // Names of tasks are ours; one with braces would merely show a plain bar.
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style);
+    }
+    bar.set_prefix(unit.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+fn amount(count: u64, unit: &str) -> String {
+    if unit == "bytes" { format!("{:.1} MB", count as f64 / 1e6) } else { format!("{count} {unit}") }
+}
+
+fn seconds(duration_ms: u64) -> String {
+    let seconds = duration_ms as f64 / 1000.0;
+    if seconds < 60.0 {
+        format!("{seconds:.1} s")
+    } else {
+        format!("{} min {:.0} s", duration_ms / 60_000, seconds % 60.0)
+    }
+}

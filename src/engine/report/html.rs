@@ -1,0 +1,292 @@
+//! The report as one page: no script, nothing loaded from anywhere.
+
+use std::fmt::Write;
+
+use super::svg::{heat_map, layers_text, loss_curve, profile_curve, unit};
+use super::{columns, comparison, contiguous, verdict};
+use crate::job::report::{HealReport, Report, StageSummary};
+
+/// The whole page.
+pub fn page(report: &Report, stages: &[StageSummary]) -> String {
+    let name = report.spec.name.clone().unwrap_or_else(|| "Pruning report".into());
+    let said = verdict(report);
+    let mut out = format!(
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>\
+         <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
+         <style>{STYLE}</style></head><body><main><header><p class='kicker'>{0}</p><h1>{1}</h1>",
+        escape(&name),
+        escape(&said[0])
+    );
+    for sentence in &said[1..] {
+        put(&mut out, &format!("<p>{}</p>", escape(sentence)));
+    }
+    put(&mut out, "</header>");
+    list(&mut out, "Before you use it", &report.remarks);
+    comparison_table(&mut out, report);
+    profile_figures(&mut out, report);
+    for heal in &report.heal {
+        heal_figure(&mut out, heal);
+    }
+    stage_table(&mut out, stages);
+    provenance(&mut out, report);
+    put(
+        &mut out,
+        &format!("<footer>secateur {}</footer></main></body></html>\n", escape(&report.secateur_version)),
+    );
+    out
+}
+
+/// Text made safe inside elements and quoted attributes.
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+fn put(out: &mut String, piece: &str) {
+    out.push_str(piece);
+}
+
+fn list(out: &mut String, title: &str, items: &[String]) {
+    if items.is_empty() {
+        return;
+    }
+    put(out, &format!("<section class='remarks'><h2>{}</h2><ul>", escape(title)));
+    for item in items {
+        put(out, &format!("<li>{}</li>", escape(item)));
+    }
+    put(out, "</ul></section>");
+}
+
+/// A table; the first column heads its rows.
+fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
+    put(out, "<div class='scroll'><table><thead><tr>");
+    for cell in head {
+        put(out, &format!("<th scope='col'>{}</th>", escape(cell)));
+    }
+    put(out, "</tr></thead><tbody>");
+    for row in rows {
+        put(out, "<tr>");
+        for (i, cell) in row.iter().enumerate() {
+            let cell = escape(cell);
+            put(
+                out,
+                &if i == 0 { format!("<th scope='row'>{cell}</th>") } else { format!("<td>{cell}</td>") },
+            );
+        }
+        put(out, "</tr>");
+    }
+    put(out, "</tbody></table></div>");
+}
+
+fn comparison_table(out: &mut String, report: &Report) {
+    put(
+        out,
+        "<section><h2>Before and after</h2><div class='scroll'><table class='wide'><thead><tr><td></td>",
+    );
+    for column in columns(&report.eval) {
+        put(out, &format!("<th scope='col'>{}</th>", escape(column)));
+    }
+    put(out, "</tr></thead><tbody>");
+    for row in comparison(&report.eval) {
+        put(out, &format!("<tr><th scope='row'>{}</th>", escape(&row.label)));
+        for cell in row.cells {
+            let ratio = cell.ratio.map_or(String::new(), |r| format!(" <small>×{r:.2}</small>"));
+            put(out, &format!("<td>{}{ratio}</td>", escape(&cell.text)));
+        }
+        put(out, "</tr>");
+    }
+    put(out, "</tbody></table></div></section>");
+}
+
+fn profile_figures(out: &mut String, report: &Report) {
+    let (profile, selection) = (&report.profile, &report.selection);
+    let dropped = match contiguous(&selection.dropped) {
+        Some(block) => layers_text(block.start as usize, block.len as usize),
+        None => format!("layers {}", joined(&selection.dropped)),
+    };
+    put(
+        out,
+        &format!(
+            "<section><h2>Where the cut went</h2><p>Cut: <strong>{}</strong>, counted from 0. The distance says how far \
+             a block of layers turns the stream that passes it ({}), over {} windows, {} tokens. \
+             A block that hardly turns it is hardly missed.</p>",
+            escape(&dropped),
+            unit(&profile.unit),
+            profile.samples,
+            profile.tokens
+        ),
+    );
+    figure(
+        out,
+        &heat_map(profile, selection),
+        "Every block of every length; each row has its own scale. The frame marks the cut.",
+    );
+    let rows: Vec<Vec<String>> =
+        profile.by_len.iter().enumerate().map(|(i, row)| best_of(i + 1, row, &profile.stderr[i])).collect();
+    details(
+        out,
+        "The nearest block of each length, as a table",
+        &["layers in the block", "nearest block", "distance", "standard error"],
+        &rows,
+    );
+    figure(
+        out,
+        &profile_curve(profile, selection),
+        "Distance with a band of two standard errors; the mark is the cut.",
+    );
+    let n = contiguous(&selection.dropped).map_or(1, |b| b.len as usize);
+    let rows: Vec<Vec<String>> = profile.by_len[n - 1]
+        .iter()
+        .zip(&profile.stderr[n - 1])
+        .enumerate()
+        .map(|(l, (d, e))| vec![layers_text(l, n), format!("{d:.4}"), format!("{e:.4}")])
+        .collect();
+    details(out, "The curve as a table", &["block", "distance", "standard error"], &rows);
+    put(out, "</section>");
+}
+
+fn best_of(n: usize, distances: &[f64], stderr: &[f64]) -> Vec<String> {
+    let best = (0..distances.len()).min_by(|a, b| distances[*a].total_cmp(&distances[*b])).unwrap_or(0);
+    vec![
+        n.to_string(),
+        layers_text(best, n),
+        format!("{:.4}", distances[best]),
+        format!("{:.4}", stderr[best]),
+    ]
+}
+
+fn heal_figure(out: &mut String, heal: &HealReport) {
+    let s = &heal.settings;
+    let outcome =
+        if heal.reverted { "It made the held-out loss worse and was thrown away." } else { "It was kept." };
+    put(
+        out,
+        &format!(
+            "<section><h2>Healing by {}</h2><p>{} trained parameters, {} tokens, {} steps of {} windows; rank {}, alpha {}, \
+             {} bits, learning rate {}. Held-out loss went from {:.3} to {:.3} nats per token. {outcome}</p>",
+            escape(&heal.method),
+            heal.trainable_parameters,
+            heal.tokens,
+            s.steps,
+            s.batch_size,
+            s.rank,
+            s.alpha,
+            u8::from(s.bits),
+            s.learning_rate,
+            heal.held_out_before,
+            heal.held_out_after
+        ),
+    );
+    if heal.curve.is_empty() {
+        return put(out, "</section>");
+    }
+    figure(out, &loss_curve(heal), "Loss of each step (thin) and its running mean.");
+    let every = heal.curve.len().div_ceil(100);
+    let rows: Vec<Vec<String>> = heal
+        .curve
+        .iter()
+        .step_by(every)
+        .map(|p| vec![p.step.to_string(), format!("{:.4}", p.loss), format!("{:.2e}", p.learning_rate)])
+        .collect();
+    details(out, "The loss as a table", &["step", "loss", "learning rate"], &rows);
+    put(out, "</section>");
+}
+
+fn stage_table(out: &mut String, stages: &[StageSummary]) {
+    if stages.is_empty() {
+        return;
+    }
+    put(out, "<section><h2>The road</h2>");
+    let row = |s: &StageSummary| {
+        let origin = if s.reused { "an earlier run's record" } else { "this run" };
+        vec![s.stage.name().to_owned(), format!("{:.1} s", s.duration_ms as f64 / 1000.0), origin.to_owned()]
+    };
+    table(out, &["stage", "time", "done by"], &stages.iter().map(row).collect::<Vec<_>>());
+    put(out, "</section>");
+}
+
+fn provenance(out: &mut String, report: &Report) {
+    let spec = serde_json::to_string_pretty(&report.spec).unwrap_or_default();
+    put(
+        out,
+        &format!(
+            "<section><h2>How to get the same again</h2><p>Base model, sha256 over its files: <code>{}</code></p>\
+             <details><summary>The spec</summary><pre>{}</pre></details>",
+            escape(&report.model_digest),
+            escape(&spec)
+        ),
+    );
+    let rows: Vec<Vec<String>> =
+        report.files.iter().map(|(path, digest)| vec![path.clone(), digest.clone()]).collect();
+    details(out, "Files and their sha256", &["file", "sha256"], &rows);
+    put(out, "</section>");
+}
+
+fn figure(out: &mut String, svg: &str, caption: &str) {
+    put(out, &format!("<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption)));
+}
+
+fn details(out: &mut String, summary: &str, head: &[&str], rows: &[Vec<String>]) {
+    put(out, &format!("<details><summary>{}</summary>", escape(summary)));
+    table(out, head, rows);
+    put(out, "</details>");
+}
+
+fn joined(layers: &[u32]) -> String {
+    layers.iter().enumerate().fold(String::new(), |mut out, (i, l)| {
+        let comma = if i == 0 { "" } else { ", " };
+        write!(out, "{comma}{l}").expect("writing to a text. This is a bug.");
+        out
+    })
+}
+
+const STYLE: &str = "
+:root{color-scheme:light dark;--ink:#1c1d1f;--soft:#63676d;--paper:#fdfcf9;--rule:#dfdcd4;--accent:#9c3d1f;--leaf:#2f6f4f;--wash:#f4f1e9}
+@media(prefers-color-scheme:dark){:root{--ink:#e9e7e1;--soft:#a3a6ab;--paper:#17181a;--rule:#36383c;--accent:#f0936f;--leaf:#7cc4a0;--wash:#202225}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',sans-serif}
+main{max-width:54rem;margin:0 auto;padding:2.5rem 1.25rem}
+h1{font-size:2rem;line-height:1.2;margin:.2em 0 .5em;text-wrap:balance}
+h2{font-size:1.2rem;margin:2.4em 0 .6em}
+p{margin:.35em 0;max-width:44rem}
+.kicker{color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}
+.remarks{background:var(--wash);border-left:3px solid var(--accent);padding:.3rem 1.1rem .8rem;margin-top:1.6rem}
+.remarks h2{margin:.6em 0 .3em;font-size:1rem}
+.remarks ul{margin:0;padding-left:1.1em}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.94rem}
+table.wide{width:100%}
+th,td{padding:.36rem .8rem .36rem 0;border-bottom:1px solid var(--rule);text-align:right;vertical-align:baseline}
+th:first-child,td:first-child{text-align:left}
+tbody th{font-weight:400}
+thead th{font-weight:600;color:var(--soft)}
+small{color:var(--soft)}
+figure{margin:1.4rem 0 .6rem}
+figcaption{color:var(--soft);font-size:.88rem}
+svg{width:100%;height:auto;display:block}
+svg text{fill:var(--soft);font-size:13px}
+.end{text-anchor:end}.mid{text-anchor:middle}
+.grid{stroke:var(--rule)}
+.band{fill:var(--leaf);opacity:.2}
+.curve{fill:none;stroke:var(--leaf);stroke-width:2.2;stroke-linejoin:round}
+.raw{fill:none;stroke:var(--soft);stroke-width:1;opacity:.55}
+.mark{stroke:var(--accent);stroke-dasharray:4 4}
+.dot{fill:var(--accent)}
+.chosen{fill:none;stroke:#e0241b;stroke-width:3}
+details{margin:.5rem 0}
+summary{cursor:pointer;color:var(--soft)}
+code,pre{font:.86rem/1.5 ui-monospace,'DejaVu Sans Mono',Menlo,monospace;overflow-wrap:anywhere}
+pre{background:var(--wash);padding:1rem;overflow-x:auto;white-space:pre-wrap}
+footer{margin-top:3rem;color:var(--soft);font-size:.85rem}
+@media print{:root{--ink:#000;--soft:#444;--paper:#fff;--rule:#bbb;--wash:#f6f6f6}main{max-width:none;padding:0}section,figure{break-inside:avoid}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+";

@@ -1,0 +1,268 @@
+//! The result in words, in a table, as JSON and as a page.
+
+mod html;
+mod svg;
+
+use std::collections::BTreeMap;
+
+pub use html::page;
+
+use crate::job::report::{
+    Block, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, Scores,
+};
+use crate::job::spec::{Corpus, JobSpec, Strategy};
+
+/// What the stages found, before it is put into words.
+pub struct Findings {
+    pub spec: JobSpec,
+    pub model_digest: String,
+    pub profile: LayerProfile,
+    pub selection: LayerSelection,
+    pub pruned: CheckpointRef,
+    pub heal: Vec<HealReport>,
+    pub eval: EvalReport,
+    /// sha256 of every file of the shipped checkpoints, by path in the workspace.
+    pub files: BTreeMap<String, String>,
+}
+
+impl Findings {
+    /// The whole result, remarks included.
+    pub fn report(self) -> Report {
+        let remarks = remarks(&self);
+        Report {
+            secateur_version: env!("CARGO_PKG_VERSION").into(),
+            spec: self.spec,
+            model_digest: self.model_digest,
+            profile: self.profile,
+            selection: self.selection,
+            pruned: self.pruned,
+            heal: self.heal,
+            eval: self.eval,
+            remarks,
+            files: self.files,
+        }
+    }
+}
+
+/// A row of the comparison: one cell each for base, pruned and, where there is one, healed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    pub label: String,
+    pub cells: Vec<Cell>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cell {
+    pub text: String,
+    /// Against the base model; absent in its own column and where a ratio says nothing.
+    pub ratio: Option<f64>,
+}
+
+/// Column heads of [`comparison`].
+pub fn columns(eval: &EvalReport) -> Vec<&'static str> {
+    ["base", "pruned", "healed"][..scores(eval).len()].to_vec()
+}
+
+/// Base, pruned and healed side by side.
+pub fn comparison(eval: &EvalReport) -> Vec<Row> {
+    let all = scores(eval);
+    let row = |label: String, text: &dyn Fn(f64) -> String, value: &dyn Fn(&Scores) -> Option<f64>| {
+        let base = value(all[0]);
+        let cell = |(i, s): (usize, &&Scores)| {
+            let found = value(s);
+            let ratio = match (found, base) {
+                (Some(v), Some(b)) if i > 0 && b != 0.0 => Some(v / b),
+                _ => None,
+            };
+            Cell { text: found.map_or("–".into(), text), ratio }
+        };
+        Row { label, cells: all.iter().enumerate().map(cell).collect() }
+    };
+    let mut rows = vec![
+        row("layers".into(), &|v| format!("{v:.0}"), &|s| Some(f64::from(s.layer_count))),
+        row("parameters".into(), &amount, &|s| Some(s.parameters as f64)),
+        row("of these in layers".into(), &amount, &|s| {
+            Some((s.parameters - s.embedding_parameters.min(s.parameters)) as f64)
+        }),
+        row("weights".into(), &bytes, &|s| Some(s.size_bytes as f64)),
+    ];
+    for (i, p) in eval.base.perplexity.iter().enumerate() {
+        let label = format!("perplexity, {}", p.corpus);
+        rows.push(row(label, &|v| format!("{v:.2}"), &|s| s.perplexity.get(i).map(|p| p.value)));
+    }
+    for (i, task) in eval.base.tasks.iter().enumerate() {
+        rows.push(accuracy(&all, i, &task.task, false));
+        if task.acc_norm.is_some() {
+            rows.push(accuracy(&all, i, &task.task, true));
+        }
+    }
+    if all.iter().any(|s| s.speed.is_some()) {
+        let rate = |v: f64| format!("{v:.1}");
+        let speed = |label: &str, value: fn(&crate::job::report::Speed) -> f64| {
+            row(label.into(), &rate, &|s| s.speed.as_ref().map(value))
+        };
+        rows.push(speed("prefill, tokens/s", |s| s.prefill_tokens_per_s));
+        rows.push(speed("decode, tokens/s", |s| s.decode_tokens_per_s));
+        rows.push(speed("latency, ms per token", |s| s.latency_ms));
+    }
+    rows.push(row("peak memory".into(), &bytes, &|s| Some(s.peak_memory_bytes as f64)));
+    rows
+}
+
+fn accuracy(all: &[&Scores], task: usize, name: &str, by_length: bool) -> Row {
+    let cell = |s: &&Scores| {
+        let score = s.tasks.get(task);
+        let text = match (score, by_length) {
+            (Some(t), false) => format!("{:.3} ± {:.3}", t.acc, t.stderr),
+            (Some(t), true) => t.acc_norm.map_or("–".into(), |a| format!("{a:.3}")),
+            (None, _) => "–".into(),
+        };
+        Cell { text, ratio: None }
+    };
+    let label = if by_length { format!("acc_norm, {name}") } else { format!("accuracy, {name}") };
+    Row { label, cells: all.iter().map(cell).collect() }
+}
+
+fn scores(eval: &EvalReport) -> Vec<&Scores> {
+    [&eval.base, &eval.pruned].into_iter().chain(&eval.healed).collect()
+}
+
+/// The checkpoint to ship: the healed one where there is one.
+fn shipped(eval: &EvalReport) -> &Scores {
+    eval.healed.as_ref().unwrap_or(&eval.pruned)
+}
+
+/// The result in a few sentences, the first one on its own.
+pub fn verdict(report: &Report) -> Vec<String> {
+    let (base, out) = (&report.eval.base, shipped(&report.eval));
+    let smaller = 100.0 * (1.0 - out.parameters as f64 / base.parameters.max(1) as f64);
+    let mut said = vec![format!(
+        "{} of {} layers cut, {smaller:.0} % fewer parameters",
+        report.selection.dropped.len(),
+        base.layer_count
+    )];
+    for (i, p) in base.perplexity.iter().enumerate() {
+        let value = |s: &Scores| s.perplexity.get(i).map_or(f64::NAN, |p| p.value);
+        let mut text = format!(
+            "Perplexity on {} went from {:.2} to {:.2}",
+            p.corpus,
+            p.value,
+            value(&report.eval.pruned)
+        );
+        if let Some(healed) = &report.eval.healed {
+            text += &format!(" by the cut and to {:.2} by healing", value(healed));
+        }
+        said.push(text + ".");
+    }
+    for (i, t) in base.tasks.iter().enumerate() {
+        if let Some(after) = out.tasks.get(i) {
+            let (before, now) = (100.0 * t.acc, 100.0 * after.acc);
+            let spread = 100.0 * after.stderr;
+            said.push(format!("Accuracy on {} went from {before:.1} % to {now:.1} % ± {spread:.1}.", t.task));
+        }
+    }
+    if let (Some(before), Some(now)) = (&base.speed, &out.speed) {
+        let ratio = |now: f64, before: f64| now / before.max(f64::MIN_POSITIVE);
+        said.push(format!(
+            "Prefill runs at {:.2} times and decoding at {:.2} times the speed of the base model on this device.",
+            ratio(now.prefill_tokens_per_s, before.prefill_tokens_per_s),
+            ratio(now.decode_tokens_per_s, before.decode_tokens_per_s)
+        ));
+    }
+    said
+}
+
+/// Sentences a person should read before using the result.
+fn remarks(found: &Findings) -> Vec<String> {
+    let mut out = Vec::new();
+    if found.heal.iter().any(|h| h.reverted) {
+        out.push(
+            "Healing made the held-out loss worse and was thrown away; the pruned checkpoint is the result."
+                .into(),
+        );
+    }
+    let (base, shipped) = (&found.eval.base, shipped(&found.eval));
+    for (i, before) in base.perplexity.iter().enumerate() {
+        if let Some(after) = shipped.perplexity.get(i).filter(|a| a.value > 2.0 * before.value) {
+            let times = after.value / before.value;
+            out.push(format!(
+                "Perplexity on {} is {times:.1} times the base model's: drop fewer layers or heal longer.",
+                before.corpus
+            ));
+        }
+    }
+    if let Some(rival) = rival(&found.profile, &found.selection) {
+        out.push(format!(
+            "The block that starts at layer {rival} is as near as the chosen one within two standard errors; \
+             more calibration samples would tell them apart."
+        ));
+    }
+    if found.spec.eval.perplexity.iter().any(|c| matches!(c, Corpus::Model { .. })) {
+        out.push(
+            "Perplexity was measured on text the base model wrote itself, which flatters the base model: \
+             measure on text of your own before relying on it."
+                .into(),
+        );
+    }
+    if base.tasks.is_empty() {
+        out.push(
+            "No task was measured. Perplexity can stay low while question answering breaks \
+             (arXiv 2403.17887, section 4): add tasks before relying on the result."
+                .into(),
+        );
+    }
+    if let Some(t) = shipped.tasks.iter().find(|t| t.stderr > 0.03) {
+        out.push(format!(
+            "{} items of {} leave a standard error of {:.1} points: small differences mean nothing.",
+            t.n,
+            t.task,
+            100.0 * t.stderr
+        ));
+    }
+    let share = base.embedding_parameters as f64 / base.parameters.max(1) as f64;
+    if share > 0.15 {
+        out.push(format!(
+            "{:.0} % of the base model's parameters are embedding and head, which cutting layers cannot shrink.",
+            100.0 * share
+        ));
+    }
+    out
+}
+
+/// Start of another block that may well be nearer than the chosen one.
+fn rival(profile: &LayerProfile, selection: &LayerSelection) -> Option<u32> {
+    let chosen = contiguous(&selection.dropped)?;
+    if selection.strategy != Strategy::BlockEndpoint {
+        return None;
+    }
+    let stderr = &profile.stderr[chosen.len as usize - 1];
+    let error = |start: u32| stderr[start as usize];
+    let close = |c: &&crate::job::report::Candidate| {
+        let spread = error(c.start).hypot(error(chosen.start));
+        c.start != chosen.start && c.score - selection.score < 2.0 * spread
+    };
+    selection.candidates.iter().filter(close).min_by(|a, b| a.score.total_cmp(&b.score)).map(|c| c.start)
+}
+
+/// The dropped layers as one block, if they are one.
+fn contiguous(dropped: &[u32]) -> Option<Block> {
+    let (first, last) = (*dropped.first()?, *dropped.last()?);
+    let len = dropped.len() as u32;
+    (last - first + 1 == len).then_some(Block { start: first, len })
+}
+
+/// 134515008 as `134.5 M`.
+fn amount(value: f64) -> String {
+    scaled(value, &["", " k", " M", " G", " T"])
+}
+
+fn bytes(value: f64) -> String {
+    scaled(value, &[" B", " kB", " MB", " GB", " TB"])
+}
+
+fn scaled(value: f64, units: &[&str]) -> String {
+    let step = (value.max(1.0).log10() / 3.0) as usize;
+    let step = step.min(units.len() - 1);
+    let digits = usize::from(step > 0);
+    format!("{:.digits$}{}", value / 1000f64.powi(step as i32), units[step])
+}

@@ -1,0 +1,211 @@
+//! The result in words, tables and pictures.
+
+use std::fs;
+
+use secateur::engine::report::{Findings, comparison, page, verdict};
+use secateur::job::preset::ModelFacts;
+use secateur::job::progress::Stage;
+use secateur::job::report::{
+    Candidate, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, LossPoint, Perplexity,
+    Report, Scores, Speed, StageSummary, TaskScore,
+};
+use secateur::job::spec::{JobSpec, Preset, QloraSpec, Strategy, TokenPosition};
+use serde_json::json;
+
+fn scores(layers: u32, perplexity: f64, acc: f64) -> Scores {
+    let parameters = 28_311_552 + u64::from(layers) * 3_540_000;
+    Scores {
+        layer_count: layers,
+        parameters,
+        size_bytes: 2 * parameters,
+        embedding_parameters: 28_311_552,
+        perplexity: vec![Perplexity {
+            corpus: "garden.txt".into(),
+            value: perplexity,
+            nll_per_token: perplexity.ln(),
+            nll_over_ln_vocab: perplexity.ln() / 49_152f64.ln(),
+            word_perplexity: perplexity.powf(1.3),
+            tokens: 8192,
+        }],
+        tasks: vec![TaskScore {
+            task: "plants".into(),
+            acc,
+            acc_norm: Some(acc + 0.02),
+            stderr: 0.021,
+            n: 500,
+        }],
+        speed: Some(Speed {
+            prefill_tokens_per_s: 18_000.0 / f64::from(layers),
+            decode_tokens_per_s: 600.0 / f64::from(layers),
+            latency_ms: f64::from(layers) / 0.6,
+        }),
+        peak_memory_bytes: 900_000_000,
+    }
+}
+
+/// A profile shaped like a real one: middle layers turn the stream least.
+fn profile(layer_count: u32) -> LayerProfile {
+    let depth = f64::from(layer_count - 1);
+    let step = |l: u32| 0.05 + 0.3 * (f64::from(l) / depth - 0.65).powi(2) + if l == 0 { 0.25 } else { 0.0 };
+    let across = |l: u32, n: u32| (l..l + n).map(step).sum::<f64>().powf(0.7) * 0.6;
+    let rows = |value: &dyn Fn(u32, u32) -> f64| -> Vec<Vec<f64>> {
+        (1..=layer_count).map(|n| (0..=layer_count - n).map(|l| value(l, n)).collect()).collect()
+    };
+    LayerProfile {
+        layer_count,
+        samples: 64,
+        tokens: 16_384,
+        position: TokenPosition::Last,
+        unit: "pi".into(),
+        by_len: rows(&across),
+        stderr: rows(&|l, n| 0.03 * across(l, n)),
+        influence: (0..layer_count).map(step).collect(),
+        relative_magnitude: (0..layer_count).map(step).collect(),
+        norm: vec![1.0; layer_count as usize + 1],
+    }
+}
+
+fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
+    let spec = json!({
+        "name": name, "model": {"from": "path", "path": "model"}, "prune": {"amount": {"layers": 6}},
+        "eval": {"perplexity": [{"from": "path", "path": "garden.txt"}], "tasks": []}
+    });
+    let facts = ModelFacts {
+        model_type: "llama".into(),
+        hidden_size: 576,
+        layer_count: 30,
+        vocab_size: 49_152,
+        max_position_embeddings: 8192,
+    };
+    let checkpoint = |path: &str| CheckpointRef {
+        path: path.into(),
+        digest: "ab".repeat(32),
+        layer_count: 24,
+        size_bytes: 1,
+        parameters: 1,
+    };
+    let curve = (0..120u32).map(|step| LossPoint {
+        step,
+        loss: 3.1 + 1.2 * (-f64::from(step) / 25.0).exp() + 0.1 * f64::from(step * 7 % 13) / 13.0,
+        learning_rate: 3e-4,
+    });
+    let healing = HealReport {
+        method: "qlora".into(),
+        settings: QloraSpec { steps: Some(120), ..QloraSpec::default() }.settings(Preset::Paper, &facts, 6),
+        trainable_parameters: 1_234_567,
+        tokens: 250_000,
+        curve: curve.collect(),
+        held_out_before: 4.05,
+        held_out_after: 3.21,
+        reverted: false,
+        checkpoint: Some(checkpoint("healed")),
+    };
+    let profile = profile(30);
+    let n = dropped.len();
+    let candidates = profile.by_len[n - 1][..30 - n]
+        .iter()
+        .enumerate()
+        .map(|(l, d)| Candidate { start: l as u32, score: *d })
+        .collect();
+    let score = profile.by_len[n - 1][dropped[0] as usize];
+    Findings {
+        spec: JobSpec::read(spec).unwrap(),
+        model_digest: "cd".repeat(32),
+        selection: LayerSelection { dropped, strategy: Strategy::BlockEndpoint, score, candidates },
+        profile,
+        pruned: checkpoint("pruned"),
+        heal: if heal { vec![healing] } else { Vec::new() },
+        eval: EvalReport {
+            base: scores(30, 18.7, 0.412),
+            pruned: scores(24, 57.1, 0.371),
+            healed: heal.then(|| scores(24, 24.9, 0.395)),
+        },
+        files: [("pruned/config.json".to_owned(), "ef".repeat(32))].into(),
+    }
+    .report()
+}
+
+fn stages() -> Vec<StageSummary> {
+    vec![
+        StageSummary { stage: Stage::Profile, reused: true, duration_ms: 21_340 },
+        StageSummary { stage: Stage::Prune, reused: false, duration_ms: 812 },
+    ]
+}
+
+#[test]
+fn the_page_needs_nothing_from_anywhere_and_closes_what_it_opens() {
+    for (name, dropped, heal) in [("block", (18..24).collect(), true), ("scattered", vec![3, 11, 20], false)]
+    {
+        let html = page(&report(name, dropped, heal), &stages());
+        fs::write(format!("{}/report-{name}.html", env!("CARGO_TARGET_TMPDIR")), &html).unwrap();
+        for foreign in ["http:", "https:", "url(", "<script", "src=", "@import", "NaN", "inf"] {
+            let found = html.replace("infer", "").contains(foreign);
+            assert!(!found, "{name}: {foreign}");
+        }
+        for tag in [
+            "svg", "table", "section", "figure", "details", "main", "p", "li", "ul", "td", "th", "tr",
+            "title",
+        ] {
+            let opened =
+                html.matches(&format!("<{tag}>")).count() + html.matches(&format!("<{tag} ")).count();
+            assert_eq!(opened, html.matches(&format!("</{tag}>")).count(), "{name}: {tag}");
+        }
+        assert_eq!(html.matches("role='img'").count(), if heal { 3 } else { 2 });
+        let cells = html.matches("fill='#").count();
+        assert_eq!(cells, 30 * 31 / 2 + 48, "one cell for every block, and the key");
+    }
+}
+
+#[test]
+fn whatever_a_person_wrote_is_escaped() {
+    let html = page(&report("<script>alert('x')</script> & \"co\"", vec![3, 4], false), &[]);
+    assert!(!html.contains("<script"));
+    assert!(html.contains("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &quot;co&quot;"));
+}
+
+#[test]
+fn the_verdict_says_what_was_cut_and_what_it_cost() {
+    let said = verdict(&report("x", (18..24).collect(), true));
+    assert_eq!(said[0], "6 of 30 layers cut, 16 % fewer parameters");
+    assert_eq!(
+        said[1],
+        "Perplexity on garden.txt went from 18.70 to 57.10 by the cut and to 24.90 by healing."
+    );
+    assert_eq!(said[2], "Accuracy on plants went from 41.2 % to 39.5 % ± 2.1.");
+    assert!(said[3].contains("1.25 times"), "{}", said[3]);
+}
+
+#[test]
+fn the_comparison_has_a_column_for_every_checkpoint() {
+    let rows = comparison(&report("x", (18..24).collect(), true).eval);
+    assert!(rows.iter().all(|r| r.cells.len() == 3));
+    let row = |label: &str| rows.iter().find(|r| r.label == label).unwrap();
+    let texts = |label: &str| row(label).cells.iter().map(|c| c.text.clone()).collect::<Vec<_>>();
+    assert_eq!(texts("layers"), ["30", "24", "24"]);
+    assert_eq!(texts("parameters"), ["134.5 M", "113.3 M", "113.3 M"]);
+    assert_eq!(texts("accuracy, plants"), ["0.412 ± 0.021", "0.371 ± 0.021", "0.395 ± 0.021"]);
+    assert_eq!(row("layers").cells[0].ratio, None);
+    assert!((row("layers").cells[1].ratio.unwrap() - 0.8).abs() < 1e-12);
+    assert_eq!(comparison(&report("x", vec![4], false).eval)[0].cells.len(), 2);
+}
+
+#[test]
+fn remarks_warn_of_what_the_numbers_do_not_show() {
+    let remarks = report("x", (18..24).collect(), false).remarks.join("\n");
+    assert!(remarks.contains("3.1 times the base model's"), "{remarks}");
+    assert!(remarks.contains("as near as the chosen one"), "{remarks}");
+    assert!(remarks.contains("21 % of the base model's parameters are embedding"), "{remarks}");
+    let mut reverted = report("x", (18..24).collect(), true);
+    reverted.heal[0].reverted = true;
+    let again = Findings {
+        spec: reverted.spec,
+        model_digest: reverted.model_digest,
+        profile: reverted.profile,
+        selection: reverted.selection,
+        pruned: reverted.pruned,
+        heal: reverted.heal,
+        eval: reverted.eval,
+        files: reverted.files,
+    };
+    assert!(again.report().remarks[0].contains("thrown away"));
+}
