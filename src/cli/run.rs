@@ -1,10 +1,219 @@
-//! `secateur run`.
+//! `secateur run`: one job here, no server, no database.
 
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-#[derive(clap::Args)]
-pub struct Args {}
+use anyhow::Context;
+use candle_core::{DType, Device};
+use serde_json::Value;
 
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not built yet")
+use super::observe::{JsonLines, Terminal};
+use super::process;
+use crate::engine::model::{Checkpoint, Compute};
+use crate::engine::pipeline::Run;
+use crate::engine::{Error, report};
+use crate::fetch;
+use crate::job::complaint::Complaint;
+use crate::job::progress::{Event, Observer, Stage};
+use crate::job::report::{Failure, FailureKind, Report};
+use crate::job::spec::{JobSpec, ModelSource};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The job spec: a .json, .yaml or .toml file, or `-` for JSON on standard input.
+    spec: String,
+    /// Directory for results and records. A run that was stopped or killed goes on from its records.
+    #[arg(long, value_name = "DIR")]
+    workspace: PathBuf,
+    /// End after this stage: profile, select, prune, heal, eval or report.
+    #[arg(long, value_name = "STAGE")]
+    until: Option<Stage>,
+    /// Where to compute: `cpu` or `cuda:N`.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// The least precision to compute with. `f32` agrees with transformers in float32.
+    /// A CPU computes everything in f32 in this version; on CUDA `bf16` computes in bf16
+    /// and the other two in f32.
+    #[arg(long, value_enum, default_value_t = Precision::Bf16)]
+    precision: Precision,
+    /// Threads to compute with; all cores when absent.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Write events to standard output as one JSON object a line, and nothing else there.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    events: Option<EventFormat>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Precision {
+    F32,
+    High,
+    Bf16,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum EventFormat {
+    Jsonl,
+}
+
+/// Why a run did not end well.
+enum Trouble {
+    BadSpec(Vec<Complaint>),
+    Stopped,
+    Failed(Failure),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Stopped => Self::Stopped,
+            Error::Failed(failure) => Self::Failed(failure),
+        }
+    }
+}
+
+impl From<Failure> for Trouble {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    process::keep_freed_memory();
+    if let Some(threads) = args.threads {
+        process::limit_threads(threads.into());
+    }
+    process::stop_on_signals();
+    let observer: Box<dyn Observer> = match args.events {
+        Some(EventFormat::Jsonl) => Box::new(JsonLines::default()),
+        None => Box::new(Terminal::new()),
+    };
+    let value = match read_spec(&args.spec) {
+        Ok(value) => value,
+        Err(e) => {
+            let complaint = Complaint { pointer: String::new(), message: format!("{e:#}") };
+            return Ok(end(Trouble::BadSpec(vec![complaint]), &*observer));
+        }
+    };
+    match walk(&args, value, &*observer) {
+        Ok(None) => Ok(ExitCode::SUCCESS),
+        Ok(Some(report)) => {
+            if args.events.is_none() {
+                print_summary(&report, &args.workspace);
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(trouble) => Ok(end(trouble, &*observer)),
+    }
+}
+
+fn walk(args: &Args, value: Value, observer: &dyn Observer) -> Result<Option<Report>, Trouble> {
+    let asked = JobSpec::read(value).map_err(Trouble::BadSpec)?;
+    let compute = compute(&args.device, args.precision)?;
+    let local = fetch::localize(&asked, observer)?;
+    let ModelSource::Path { path } = &local.model else {
+        return Err(Error::bug("a model that was fetched has no path").into());
+    };
+    let base = Checkpoint::open(Path::new(path))?;
+    let complaints = local.validate_for(base.config().layer_count as u32);
+    if !complaints.is_empty() {
+        return Err(Trouble::BadSpec(complaints));
+    }
+    let run =
+        Run { asked: &asked, local: &local, base: &base, compute: &compute, observer, until: args.until };
+    Ok(run.go(&args.workspace)?)
+}
+
+/// Says what went wrong, where it belongs, and gives the exit code.
+fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
+    match trouble {
+        Trouble::BadSpec(complaints) => {
+            let lines: Vec<String> = complaints.iter().map(ToString::to_string).collect();
+            let failure = Failure { kind: FailureKind::Spec, stage: None, message: lines.join("; ") };
+            observer.event(Event::Failed { failure });
+            lines.iter().for_each(|line| eprintln!("{line}"));
+            ExitCode::from(2)
+        }
+        Trouble::Failed(failure) => {
+            observer.event(Event::Failed { failure: failure.clone() });
+            let stage = failure.stage.map_or(String::new(), |s| format!("{s}: "));
+            // One line, whatever a library put into its message.
+            let message = failure.message.split_whitespace().collect::<Vec<_>>().join(" ");
+            eprintln!("secateur: {stage}{message}");
+            ExitCode::FAILURE
+        }
+        Trouble::Stopped => {
+            eprintln!("secateur: stopped on request; the same command goes on from here");
+            // As a shell reports a process that a signal ended.
+            process::stop_signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
+        }
+    }
+}
+
+fn read_spec(source: &str) -> anyhow::Result<Value> {
+    let mut text = String::new();
+    if source == "-" {
+        std::io::stdin().read_to_string(&mut text).context("standard input")?;
+        return serde_json::from_str(&text).context("standard input is not JSON");
+    }
+    text = std::fs::read_to_string(source).with_context(|| source.to_owned())?;
+    let extension = Path::new(source).extension().and_then(|e| e.to_str()).unwrap_or("");
+    let parsed = match extension.to_ascii_lowercase().as_str() {
+        "yaml" | "yml" => serde_yaml_ng::from_str(&text).map_err(anyhow::Error::from),
+        "toml" => toml::from_str(&text).map_err(anyhow::Error::from),
+        _ => serde_json::from_str(&text).map_err(anyhow::Error::from),
+    };
+    parsed.with_context(|| {
+        format!("{source} cannot be read as {}", if extension.is_empty() { "json" } else { extension })
+    })
+}
+
+fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
+    let wrong = |message: String| Failure { kind: FailureKind::Device, stage: None, message };
+    if device == "cpu" {
+        return Ok(Compute { device: Device::Cpu, dtype: DType::F32 });
+    }
+    let index = device.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0"));
+    let Some(index) = index.and_then(|i| i.parse::<usize>().ok()) else {
+        return Err(wrong(format!("--device {device}: give `cpu` or `cuda:N`")).into());
+    };
+    let opened = Device::new_cuda(index)
+        .map_err(|e| wrong(format!("--device {device} cannot be used ({e}); try --device cpu")))?;
+    let dtype = match precision {
+        Precision::Bf16 => DType::BF16,
+        Precision::High | Precision::F32 => DType::F32,
+    };
+    Ok(Compute { device: opened, dtype })
+}
+
+/// The comparison and where the files are, for a person.
+fn print_summary(report: &Report, workspace: &Path) {
+    use std::fmt::Write;
+    let mut out = String::from("\n");
+    let columns = report::columns(&report.eval);
+    let rows = report::comparison(&report.eval);
+    let cell = |c: &report::Cell| match c.ratio {
+        Some(ratio) => format!("{} (×{ratio:.2})", c.text),
+        None => c.text.clone(),
+    };
+    let first = rows.iter().map(|r| r.label.chars().count()).max().unwrap_or(0);
+    let width = rows.iter().flat_map(|r| &r.cells).map(|c| cell(c).chars().count()).max().unwrap_or(0);
+    let mut line = |label: &str, cells: &[String]| {
+        let cells: String = cells.iter().map(|c| format!("  {c:>width$}")).collect();
+        writeln!(out, "{label:<first$}{cells}").ok();
+    };
+    line("", &columns.iter().map(ToString::to_string).collect::<Vec<_>>());
+    for row in &rows {
+        line(&row.label, &row.cells.iter().map(cell).collect::<Vec<_>>());
+    }
+    for remark in &report.remarks {
+        writeln!(out, "\n! {remark}").ok();
+    }
+    let healed = report.heal.iter().any(|h| h.checkpoint.is_some());
+    let checkpoint = workspace.join(if healed { "healed" } else { &report.pruned.path });
+    writeln!(out, "\ncheckpoint  {}", checkpoint.display()).ok();
+    writeln!(out, "report      {}", workspace.join("report.html").display()).ok();
+    // Nobody reading any more is no failure: the files are there.
+    std::io::Write::write_all(&mut std::io::stdout(), out.as_bytes()).ok();
 }

@@ -6,6 +6,7 @@ pub mod eval;
 pub mod export;
 pub mod heal;
 pub mod model;
+pub mod pipeline;
 pub mod profile;
 pub mod prune;
 pub mod report;

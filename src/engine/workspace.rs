@@ -151,7 +151,7 @@ impl Workspace {
         Ok(Some(record))
     }
 
-    fn work<T: Serialize>(
+    fn work<T: Serialize + DeserializeOwned>(
         &self,
         stage: Stage,
         input_digest: &str,
@@ -171,9 +171,12 @@ impl Workspace {
         }
         let duration_ms = started.elapsed().as_millis() as u64;
         let record = Record { stage, input_digest: input_digest.into(), duration_ms, files, value };
-        write_json(record_path, &record)?;
+        let bytes = json_bytes(&record)?;
+        write_atomic(record_path, &bytes)?;
         remove(&scratch)?;
-        Ok(record)
+        // Taken from the record, as the next run will: a number may lose its last bit on the way
+        // through JSON, and then it must lose it every time, or later stages see other inputs.
+        serde_json::from_slice(&bytes).map_err(Error::bug)
     }
 
     /// Values are part of the contract with people and scripts under these names.

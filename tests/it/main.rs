@@ -1,6 +1,8 @@
 //! One binary that mirrors the surface; tests are named as sentences.
 #![allow(clippy::unwrap_used)]
 
+#[cfg(feature = "engine")]
+mod bad_input;
 mod examples;
 #[cfg(feature = "engine")]
 mod heal;
@@ -12,6 +14,8 @@ mod profile;
 mod prune;
 #[cfg(feature = "engine")]
 mod report;
+#[cfg(feature = "engine")]
+mod run;
 #[cfg(feature = "engine")]
 mod select;
 mod state;

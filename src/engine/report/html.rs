@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::svg::{heat_map, layers_text, loss_curve, profile_curve, unit};
-use super::{columns, comparison, contiguous, verdict};
+use super::{amount, columns, comparison, contiguous, verdict};
 use crate::job::report::{HealReport, Report, StageSummary};
 
 /// The whole page.
@@ -175,7 +175,7 @@ fn heal_figure(out: &mut String, heal: &HealReport) {
             "<section><h2>Healing by {}</h2><p>{} trained parameters, {} tokens, {} steps of {} windows; rank {}, alpha {}, \
              {} bits, learning rate {}. Held-out loss went from {:.3} to {:.3} nats per token. {outcome}</p>",
             escape(&heal.method),
-            heal.trainable_parameters,
+            amount(heal.trainable_parameters as f64),
             heal.tokens,
             s.steps,
             s.batch_size,

@@ -3,6 +3,8 @@
 #[cfg(feature = "service")]
 pub mod postgres;
 #[cfg(feature = "engine")]
+pub mod program;
+#[cfg(feature = "engine")]
 pub mod rig;
 #[cfg(feature = "engine")]
 pub mod tiny;

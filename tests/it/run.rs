@@ -1,0 +1,209 @@
+//! `secateur run`: the whole road as one process.
+
+use std::fs;
+use std::process::Child;
+
+use secateur::job::progress::{Event, Stage};
+use secateur::job::report::Report;
+use serde_json::{Value, json};
+
+use crate::support::program::{Bench, events, finished, stderr, tree};
+use crate::support::tiny::Tiny;
+
+const HEALING: fn(&Event) -> bool = |event| matches!(event, Event::Advanced { stage: Stage::Heal, task, done: 3.., .. } if task == "training adapters");
+
+fn signal(child: &Child, signal: i32) {
+    let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+    let signal = if signal == 15 { rustix::process::Signal::TERM } else { rustix::process::Signal::INT };
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
+/// The files people take home.
+fn results(bench: &Bench, workspace: &str) -> Vec<(std::path::PathBuf, Vec<u8>)> {
+    ["pruned", "healed", "adapter"].iter().flat_map(|d| tree(&bench.path(workspace).join(d))).collect()
+}
+
+/// Equal but for the last bits of floating-point numbers.
+fn close(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Number(a), Value::Number(b)) => {
+            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+            (a - b).abs() <= 1e-14 * a.abs().max(b.abs())
+        }
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| close(a, b)),
+        (Value::Object(a), Value::Object(b)) => {
+            a.len() == b.len() && a.iter().all(|(key, a)| b.get(key).is_some_and(|b| close(a, b)))
+        }
+        (a, b) => a == b,
+    }
+}
+
+#[test]
+fn a_run_leaves_every_file_of_the_contract() {
+    let bench = Bench::new(&Tiny::llama());
+    let told = bench.succeed(&bench.spec(), "out", &[]);
+    assert_eq!(finished(&told), Stage::ALL.map(|s| (s, false)));
+    let read = |name: &str| -> Value {
+        serde_json::from_slice(&fs::read(bench.path("out").join(name)).unwrap()).unwrap()
+    };
+    let report: Report = serde_json::from_value(read("report.json")).unwrap();
+    let same = |part: Value, file: &str| assert!(close(&part, &read(file)), "{file}: {part}");
+    same(serde_json::to_value(&report.profile).unwrap(), "profile.json");
+    same(serde_json::to_value(&report.selection).unwrap(), "selection.json");
+    same(serde_json::to_value(&report.eval).unwrap(), "eval.json");
+    assert_eq!(serde_json::to_value(&report.spec).unwrap()["prune"]["amount"], json!({"layers": 2}));
+    assert_eq!(report.selection.dropped.len(), 2);
+    assert_eq!(report.pruned.layer_count, 4);
+    assert!(bench.path("out/pruned/model.safetensors").is_file());
+    assert!(bench.path("out/report.html").is_file());
+    let healed = report.heal[0].checkpoint.is_some();
+    assert_eq!(bench.path("out/healed/model.safetensors").is_file(), healed);
+    assert_eq!(bench.path("out/adapter/adapter_config.json").is_file(), healed);
+    for (path, digest) in &report.files {
+        let found = secateur::engine::workspace::file_digest(&bench.path("out").join(path)).unwrap();
+        assert_eq!(found, *digest, "{path}");
+    }
+}
+
+#[test]
+fn the_same_run_again_repeats_nothing_and_changes_nothing() {
+    let bench = Bench::new(&Tiny::llama());
+    bench.succeed(&bench.spec(), "out", &[]);
+    let before = tree(&bench.path("out"));
+    let told = bench.succeed(&bench.spec(), "out", &[]);
+    assert_eq!(finished(&told), Stage::ALL.map(|s| (s, true)));
+    assert_eq!(tree(&bench.path("out")), before);
+}
+
+#[test]
+fn a_run_killed_while_healing_goes_on_and_ends_with_the_same_bytes() {
+    let bench = Bench::new(&Tiny::llama());
+    bench.succeed(&bench.spec(), "undisturbed", &["--until", "heal"]);
+    let mut child = bench.start_until(&bench.spec(), "killed", HEALING);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let told = bench.succeed(&bench.spec(), "killed", &["--until", "heal"]);
+    assert_eq!(
+        finished(&told),
+        [(Stage::Profile, true), (Stage::Select, true), (Stage::Prune, true), (Stage::Heal, false)]
+    );
+    let from_the_middle = |e: &Event| matches!(e, Event::Noted { message, .. } if message.contains("goes on from optimizer step"));
+    assert!(told.iter().any(from_the_middle));
+    assert!(results(&bench, "killed") == results(&bench, "undisturbed"), "the same bytes");
+}
+
+#[test]
+fn a_signal_stops_the_run_at_the_next_seam_and_its_records_stay() {
+    for (number, code) in [(15, 143), (2, 130)] {
+        let bench = Bench::new(&Tiny::llama());
+        let child = bench.start_until(&bench.spec(), "out", HEALING);
+        signal(&child, number);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
+        assert!(stderr(&output).contains("stopped on request"), "{}", stderr(&output));
+        assert!(!bench.path("out/healed").exists());
+        let told = bench.succeed(&bench.spec(), "out", &["--until", "heal"]);
+        assert_eq!(
+            finished(&told)[..3],
+            [(Stage::Profile, true), (Stage::Select, true), (Stage::Prune, true)]
+        );
+    }
+}
+
+#[test]
+fn another_ratio_reuses_the_profile_and_writes_its_own_cut() {
+    let bench = Bench::new(&Tiny::llama());
+    bench.succeed(&bench.spec(), "out", &["--until", "prune"]);
+    let other = bench.spec_with("/prune/amount", json!({"layers": 3}));
+    let told = bench.succeed(&other, "out", &["--until", "prune"]);
+    assert_eq!(finished(&told), [(Stage::Profile, true), (Stage::Select, false), (Stage::Prune, false)]);
+    let config = fs::read(bench.path("out/pruned/config.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&config).unwrap()["num_hidden_layers"], 3);
+}
+
+#[test]
+fn the_size_of_a_batch_is_no_reason_to_measure_again_but_the_text_is() {
+    let bench = Bench::new(&Tiny::llama());
+    bench.succeed(&bench.spec(), "out", &["--until", "profile"]);
+    let bigger = bench.spec_with("/calibration/batch_size", json!(7));
+    assert_eq!(finished(&bench.succeed(&bigger, "out", &["--until", "profile"])), [(Stage::Profile, true)]);
+    fs::rename(bench.path("calibration.txt"), bench.path("moved.txt")).unwrap();
+    let moved = bench.spec_with("/calibration/corpus/path", json!(bench.path("moved.txt")));
+    assert_eq!(finished(&bench.succeed(&moved, "out", &["--until", "profile"])), [(Stage::Profile, true)]);
+    fs::copy(bench.path("healing.txt"), bench.path("moved.txt")).unwrap();
+    assert_eq!(finished(&bench.succeed(&moved, "out", &["--until", "profile"])), [(Stage::Profile, false)]);
+}
+
+#[test]
+fn nothing_healed_is_left_beside_a_cut_it_does_not_belong_to() {
+    let bench = Bench::new(&Tiny::llama());
+    bench.succeed(&bench.spec(), "out", &["--until", "heal"]);
+    let unhealed = bench.spec_with("/heal", json!([]));
+    bench.succeed(&unhealed, "out", &["--until", "heal"]);
+    assert!(!bench.path("out/healed").exists() && !bench.path("out/adapter").exists());
+    assert!(bench.path("out/pruned").exists());
+}
+
+#[test]
+fn explicit_layers_are_cut_and_the_profile_is_written_all_the_same() {
+    let bench = Bench::new(&Tiny::qwen2());
+    let spec = bench.spec_with("/prune", json!({"strategy": "explicit", "layers": [4, 1]}));
+    bench.succeed(&spec, "out", &["--until", "prune"]);
+    let selection: Value =
+        serde_json::from_slice(&fs::read(bench.path("out/selection.json")).unwrap()).unwrap();
+    assert_eq!(selection["dropped"], json!([1, 4]));
+    assert!(bench.path("out/profile.json").is_file());
+}
+
+#[test]
+fn a_spec_may_be_a_json_yaml_or_toml_file() {
+    let bench = Bench::new(&Tiny::llama());
+    let spec = bench.spec_with("/heal", json!([]));
+    fs::write(bench.path("spec.json"), spec.to_string()).unwrap();
+    fs::write(bench.path("spec.yaml"), serde_yaml_ng::to_string(&spec).unwrap()).unwrap();
+    fs::write(bench.path("spec.toml"), toml::to_string(&spec).unwrap()).unwrap();
+    for name in ["spec.json", "spec.yaml", "spec.toml"] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_secateur"))
+            .args(["run", "--until", "select", "--workspace"])
+            .arg(bench.path("out"))
+            .arg(bench.path(name))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_run_without_a_panic() {
+    let bench = Bench::new(&Tiny::llama());
+    let mut child = bench.start(&bench.spec(), "out", &["--events", "jsonl"]);
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("panicked"), "{}", stderr(&output));
+    assert!(!bench.path("out/pruned").exists(), "nobody is left to work for");
+}
+
+#[test]
+fn two_runs_never_share_a_workspace() {
+    let bench = Bench::new(&Tiny::llama());
+    let mut first = bench.start_until(&bench.spec(), "out", HEALING);
+    let second = bench.run(&bench.spec(), "out", &[]);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(stderr(&second).contains("another run is using this workspace"), "{}", stderr(&second));
+}
+
+#[test]
+fn a_failure_is_the_last_event_and_one_line_on_stderr() {
+    let bench = Bench::new(&Tiny::llama());
+    fs::remove_file(bench.path("model/tokenizer.json")).unwrap();
+    let output = bench.run(&bench.spec(), "out", &["--events", "jsonl"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(stderr(&output).lines().count(), 1, "{}", stderr(&output));
+    let told = events(&output.stdout);
+    assert!(
+        matches!(told.last(), Some(Event::Failed { failure }) if failure.message.contains("tokenizer.json"))
+    );
+}
