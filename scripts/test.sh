@@ -15,8 +15,8 @@ wall() {
   local room=$1 forbidden=$2 found
   shift 2
   # Apart from the test, or a failing `cargo tree` would look like a clean one.
-  found=$(cargo tree --locked --edges no-dev --prefix none --format '{p}' "$@")
-  if found=$(grep -E "^($forbidden)(-[a-z-]+)? v" <<<"$found" | sort -u); then
+  found=$(cargo tree --locked --edges no-dev --prefix none --format '{p}' "$@") || return
+  if found=$(grep -E "^($forbidden)(-[a-z-]+)? v" <<<"$found" | sed 's/ (.*//' | sort -u); then
     printf 'the %s must not depend on:\n%s\n' "$room" "$found" >&2
     return 1
   fi
