@@ -154,7 +154,8 @@ def sha256_of(path):
 def service(binary, roots, log_path):
     """`secateur up` with a database of its own in a directory that goes away again."""
     adopt_orphans()
-    home = Path(tempfile.mkdtemp(prefix="secateur-demo-"))
+    # Not /tmp, which may live in memory: checkpoints are large.
+    home = Path(tempfile.mkdtemp(prefix="secateur-demo-", dir=os.environ.get("TMPDIR", "/var/tmp")))
     home.chmod(0o755)  # as root, PostgreSQL runs as another user, who must get through
     port = free_port()
     command = [binary, "up", "--bind", f"127.0.0.1:{port}", "--data-dir", home / "data"]
