@@ -38,7 +38,7 @@ cargo clippy --locked --all-targets "${engine[@]}" -- -D warnings
 cargo clippy --locked --all-targets "${service[@]}" -- -D warnings
 
 step "Documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
 
 step "Tests"
 log=$(mktemp)
