@@ -159,11 +159,15 @@ def service(binary, roots, log_path):
     home.chmod(0o755)  # as root, PostgreSQL runs as another user, who must get through
     port = free_port()
     command = [binary, "up", "--bind", f"127.0.0.1:{port}", "--data-dir", home / "data"]
-    command += [argument for root in roots for argument in ("--root", root)]
+    command += [argument for root in roots for argument in ("--allow-root", root)]
+    # What is set for another secateur must not lead this one astray.
+    strange = {"DATABASE_URL", *(name for name in os.environ if name.startswith("SECATEUR_"))}
+    env = {name: value for name, value in os.environ.items()
+           if name not in strange or name == "SECATEUR_PG_BIN"}
     with open(log_path, "wb") as log:
         # A session of its own: Ctrl-C comes to us, and we shut the service down in order.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   start_new_session=True)
+                                   env=env, start_new_session=True)
     try:
         api = Api(port)
         wait_until_ready(api, process, log_path)
