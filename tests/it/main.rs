@@ -19,6 +19,20 @@ mod run;
 #[cfg(feature = "engine")]
 mod select;
 mod state;
+#[cfg(feature = "service")]
+mod api_artifacts;
+#[cfg(feature = "service")]
+mod api_auth;
+#[cfg(feature = "service")]
+mod api_events;
+#[cfg(feature = "service")]
+mod api_http;
+#[cfg(feature = "service")]
+mod api_jobs;
+#[cfg(feature = "service")]
+mod api_spec;
+#[cfg(feature = "service")]
+mod openapi;
 mod support;
 mod tidy;
 #[cfg(feature = "engine")]

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use sha2::{Digest, Sha256};
@@ -12,6 +12,7 @@ use subtle::ConstantTimeEq;
 
 use super::AppState;
 use super::problem::{Code, Problem};
+use crate::service::db::{NewApiKey, Tenant};
 
 /// A key that opens the API: `sct_<8 characters>_<secret>`. The secret is kept
 /// as its sha256 only; it is long and random, so no slow hash is needed.
@@ -19,14 +20,8 @@ use super::problem::{Code, Problem};
 pub struct ApiKey {
     /// The eight characters: they may be shown and logged.
     pub id: String,
-    digest: [u8; 32],
-}
-
-impl ApiKey {
-    fn opens_with(&self, presented: &str) -> bool {
-        let digest: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
-        self.digest.ct_eq(&digest).into()
-    }
+    /// Of the secret.
+    pub sha256: [u8; 32],
 }
 
 impl std::fmt::Debug for ApiKey {
@@ -48,9 +43,28 @@ impl FromStr for ApiKey {
         if id.len() != 8 || !plain(id) || secret.len() < 24 || !secret.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(wrong());
         }
-        Ok(Self { id: id.into(), digest: Sha256::digest(text.as_bytes()).into() })
+        Ok(Self { id: id.into(), sha256: Sha256::digest(secret.as_bytes()).into() })
     }
 }
+
+impl ApiKey {
+    /// The key as the database keeps it, for everything.
+    pub fn row(&self, tenant: Tenant, name: &str) -> NewApiKey {
+        let scopes = vec!["admin".into()];
+        NewApiKey {
+            id: self.id.clone(),
+            tenant,
+            name: name.into(),
+            sha256: self.sha256,
+            scopes,
+            expires_at: None,
+        }
+    }
+}
+
+/// On whose behalf a request is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller(pub Tenant);
 
 /// Whether the API may listen at `addr`.
 ///
@@ -74,34 +88,63 @@ fn is_open(path: &str) -> bool {
         || path.starts_with("/problems/")
 }
 
-/// Lets through who may call.
-pub async fn check(State(state): State<AppState>, request: Request, next: Next) -> Result<Response, Problem> {
-    match &state.key {
-        Some(key) if !is_open(request.uri().path()) => check_key(key, &request)?,
-        Some(_) => {}
-        None => check_local(&request)?,
-    }
+/// Lets through who may call, and notes on whose behalf.
+pub async fn check(
+    State(state): State<AppState>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, Problem> {
+    let caller = if !state.locked {
+        check_local(&request)?;
+        Caller(Tenant::DEFAULT)
+    } else if is_open(request.uri().path()) {
+        Caller(Tenant::DEFAULT)
+    } else {
+        let key = presented(request.headers())?;
+        open(&state, &key, request.method()).await?
+    };
+    request.extensions_mut().insert(caller);
     Ok(next.run(request).await)
 }
 
-fn check_key(key: &ApiKey, request: &Request) -> Result<(), Problem> {
-    let refuse = |detail: &str, challenge: &'static str| {
-        let challenge = HeaderValue::from_static(challenge);
-        Err(Problem::new(Code::Unauthorized, detail).with_header(header::WWW_AUTHENTICATE, challenge))
+fn refused(detail: &str, challenge: &'static str) -> Problem {
+    Problem::new(Code::Unauthorized, detail)
+        .with_header(header::WWW_AUTHENTICATE, HeaderValue::from_static(challenge))
+}
+
+fn unknown_key() -> Problem {
+    let challenge = "Bearer realm=\"secateur\", error=\"invalid_token\"";
+    refused("The key in the Authorization header does not open this service.", challenge)
+}
+
+/// The key of the Authorization header.
+fn presented(headers: &HeaderMap) -> Result<ApiKey, Problem> {
+    let Some(value) = headers.get(header::AUTHORIZATION) else {
+        return Err(refused("Send the header `Authorization: Bearer sct_…`.", "Bearer realm=\"secateur\""));
     };
-    let Some(value) = request.headers().get(header::AUTHORIZATION) else {
-        return refuse("Send the header `Authorization: Bearer sct_…`.", "Bearer realm=\"secateur\"");
-    };
-    let presented = value.to_str().ok().and_then(|v| v.split_once(' '));
-    match presented {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && key.opens_with(token.trim()) => {
-            Ok(())
+    match value.to_str().ok().and_then(|v| v.split_once(' ')) {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
+            token.trim().parse().map_err(|_| unknown_key())
         }
-        _ => refuse(
-            "The key in the Authorization header does not open this service.",
-            "Bearer realm=\"secateur\", error=\"invalid_token\"",
-        ),
+        _ => Err(unknown_key()),
     }
+}
+
+async fn open(state: &AppState, key: &ApiKey, method: &Method) -> Result<Caller, Problem> {
+    let row = state.database.key(&key.id).await?.ok_or_else(unknown_key)?;
+    if !bool::from(row.sha256.as_slice().ct_eq(&key.sha256)) {
+        return Err(unknown_key());
+    }
+    let may = |scope: &str| row.scopes.iter().any(|s| s == scope);
+    if !(may("admin") || may("submit") || is_harmless(method) && may("read")) {
+        return Err(Problem::new(Code::Forbidden, format!("The key {} may not {method}.", row.id)));
+    }
+    state.database.key_used(&row.id).await?;
+    Ok(Caller(row.tenant))
+}
+
+fn is_harmless(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
 }
 
 /// Without a key only this machine may call. A web page open in a browser here
@@ -115,8 +158,7 @@ fn check_local(request: &Request) -> Result<(), Problem> {
         let shown: String = host.chars().take(100).collect();
         return Err(Problem::new(Code::ForeignHost, format!("The request is addressed to `{shown}`.")));
     }
-    let harmless = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
-    if let Some(origin) = headers.get(header::ORIGIN).filter(|_| !harmless) {
+    if let Some(origin) = headers.get(header::ORIGIN).filter(|_| !is_harmless(request.method())) {
         let own = origin.to_str().ok().and_then(|o| o.split_once("://"));
         if own.is_none_or(|(scheme, authority)| scheme != "http" || Some(authority) != host) {
             let detail = "The Origin header names another site than this service.";
@@ -164,13 +206,10 @@ mod tests {
     }
 
     #[test]
-    fn a_key_opens_with_itself_only() {
-        let text = "sct_abcd1234_0123456789abcdef01234567";
-        let key: ApiKey = text.parse().unwrap();
+    fn a_key_is_read_only_in_its_own_form_and_never_shown() {
+        let key: ApiKey = "sct_abcd1234_0123456789abcdef01234567".parse().unwrap();
         assert_eq!((key.id.as_str(), format!("{key:?}").as_str()), ("abcd1234", "ApiKey(abcd1234)"));
-        assert!(key.opens_with(text));
-        assert!(!key.opens_with("sct_abcd1234_0123456789abcdef01234568"));
-        assert!(!key.opens_with(""));
+        assert_eq!(key.sha256[..], Sha256::digest("0123456789abcdef01234567")[..]);
         for wrong in [
             "",
             "sct_abc_0123456789abcdef01234567",

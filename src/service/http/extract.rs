@@ -88,8 +88,8 @@ pub fn parameter<T: std::str::FromStr<Err: std::fmt::Display>>(
 }
 
 /// How many entries a page may have.
-pub fn limit(value: &str, most: i64) -> Result<i64, Problem> {
-    let limit: i64 = parameter("limit", value)?;
+pub fn limit(value: &str, most: u32) -> Result<u32, Problem> {
+    let limit: u32 = parameter("limit", value)?;
     if (1..=most).contains(&limit) {
         return Ok(limit);
     }

@@ -1,5 +1,6 @@
 //! How the service is: for load balancers and for Prometheus.
 
+use std::fmt::Write;
 use std::sync::LazyLock;
 
 use axum::extract::State;
@@ -9,6 +10,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use super::AppState;
 use super::problem::{Code, Problem, ProblemBody};
+use crate::job::state::JobState;
 
 /// Seconds; the last bound is the answer timeout.
 const REQUEST_BUCKETS: [f64; 11] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0];
@@ -43,13 +45,14 @@ pub async fn live() -> &'static str {
     get, path = "/readyz", tag = "health",
     responses(
         (status = 200, description = "Ready", body = String),
-        (status = 503, description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, description = "Not now", body = ProblemBody),
     )
 )]
 pub async fn ready(State(state): State<AppState>) -> Result<&'static str, Problem> {
     if state.shutdown.is_cancelled() {
         return Err(Problem::new(Code::Draining, "The service is shutting down."));
     }
+    state.database.ping().await?;
     Ok("ready\n")
 }
 
@@ -58,7 +61,21 @@ pub async fn ready(State(state): State<AppState>) -> Result<&'static str, Proble
     get, path = "/metrics", tag = "health",
     responses((status = 200, description = "Metrics", body = String, content_type = "text/plain; version=0.0.4"))
 )]
-pub async fn metrics() -> impl IntoResponse {
-    let text = RECORDER.as_ref().map(PrometheusHandle::render).unwrap_or_default();
+pub async fn metrics(State(state): State<AppState>) -> impl IntoResponse {
+    let mut text = RECORDER.as_ref().map(PrometheusHandle::render).unwrap_or_default();
+    let counted = state.database.job_counts().await;
+    let _ = writeln!(
+        text,
+        "# TYPE secateur_database_up gauge\nsecateur_database_up {}",
+        u8::from(counted.is_ok())
+    );
+    // What the database knows is asked for now: every instance tells the same.
+    if let Ok(counts) = counted {
+        text.push_str("# TYPE secateur_jobs gauge\n");
+        for state in JobState::ALL {
+            let count = counts.iter().find(|(s, _)| *s == state).map_or(0, |(_, n)| *n);
+            let _ = writeln!(text, "secateur_jobs{{state=\"{state}\"}} {count}");
+        }
+    }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }

@@ -1,7 +1,5 @@
 //! The HTTP surface: one router, every refusal a problem (RFC 9457).
 
-use std::sync::Arc;
-
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -9,28 +7,38 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
+use crate::service::db::Database;
+use crate::service::store::Store;
+
 pub use admission::Roots;
 pub use auth::{ApiKey, may_bind};
 pub use openapi::document;
 
 mod admission;
+mod artifacts;
 mod auth;
 mod edge;
+mod events;
 mod extract;
 mod health;
+mod job;
+mod jobs;
 mod openapi;
 mod page;
 mod problem;
 mod range;
+mod results;
 mod weights;
 
 /// What every request can reach.
 #[derive(Clone)]
 pub struct AppState {
+    pub database: Database,
+    pub store: Store,
     /// Where models and corpora of jobs may lie.
     pub roots: Roots,
-    /// The key that opens the API; without one only this machine may call.
-    pub key: Option<Arc<ApiKey>>,
+    /// A key of the database opens the API; otherwise only this machine may call.
+    pub locked: bool,
     /// Cancelled when the service begins to shut down.
     pub shutdown: CancellationToken,
 }

@@ -4,13 +4,13 @@ use axum::Router;
 use axum::http::{HeaderValue, header};
 use tower_http::set_header::SetResponseHeaderLayer;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
-use utoipa::openapi::{ComponentsBuilder, OpenApi as Document};
+use utoipa::openapi::{ComponentsBuilder, Content, OpenApi as Document, Ref, RefOr, ResponseBuilder};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
-use super::{AppState, health};
+use super::{AppState, artifacts, events, health, jobs, results};
 use crate::job::spec::JobSpec;
 
 #[derive(OpenApi)]
@@ -34,6 +34,10 @@ struct Frame;
 /// The routes that the document describes.
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(Frame::openapi())
+        .merge(jobs::routes())
+        .merge(events::routes())
+        .merge(results::routes())
+        .merge(artifacts::routes())
         .routes(routes!(health::live))
         .routes(routes!(health::ready))
         .routes(routes!(health::metrics))
@@ -46,9 +50,13 @@ pub fn document() -> Document {
 
 /// Puts in what derives cannot say.
 pub fn finish(mut document: Document) -> Document {
+    // axum marks a parameter that spans slashes, OpenAPI has no word for it.
+    let paths = std::mem::take(&mut document.paths.paths);
+    document.paths.paths = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect();
     document.info.version = env!("CARGO_PKG_VERSION").into();
     ApiKeyScheme.modify(&mut document);
     ClosedShapes.modify(&mut document);
+    Problems.modify(&mut document);
     document
 }
 
@@ -74,6 +82,36 @@ impl Modify for ClosedShapes {
         for (name, shape) in JobSpec::shapes().schemas() {
             let schema = serde_json::from_value(shape.clone()).expect("a schema reads back. This is a bug.");
             components.schemas.insert(name.clone(), schema);
+        }
+    }
+}
+
+/// Every operation may answer with a problem, and a problem has its own media type.
+struct Problems;
+
+impl Modify for Problems {
+    fn modify(&self, document: &mut Document) {
+        for item in document.paths.paths.values_mut() {
+            let methods = [&mut item.get, &mut item.post, &mut item.delete, &mut item.put, &mut item.patch];
+            for operation in methods.into_iter().flatten() {
+                let other = ResponseBuilder::new()
+                    .description(
+                        "Any other refusal or failure, e.g. 401 without a key, 503 without a database",
+                    )
+                    .content(
+                        "application/problem+json",
+                        Content::new(Some(Ref::from_schema_name("ProblemBody"))),
+                    );
+                operation.responses.responses.insert("default".into(), other.build().into());
+                for (status, response) in &mut operation.responses.responses {
+                    let refusal = status.starts_with(['4', '5']);
+                    if let (RefOr::T(response), true) = (response, refusal) {
+                        let content = std::mem::take(&mut response.content);
+                        let told = content.into_values().map(|c| ("application/problem+json".to_string(), c));
+                        response.content.extend(told);
+                    }
+                }
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 
 use super::page;
 use crate::job::complaint::Complaint;
+use crate::service::db;
 
 /// The kinds of problem. One row each in [`Code::row`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,8 +19,8 @@ pub enum Code {
     InvalidQuery,
     InvalidId,
     InvalidSpec,
-    InvalidPrecondition,
     Unauthorized,
+    Forbidden,
     ForeignHost,
     ForeignOrigin,
     RouteNotFound,
@@ -56,8 +57,8 @@ impl Code {
         Self::InvalidQuery,
         Self::InvalidId,
         Self::InvalidSpec,
-        Self::InvalidPrecondition,
         Self::Unauthorized,
+        Self::Forbidden,
         Self::ForeignHost,
         Self::ForeignOrigin,
         Self::RouteNotFound,
@@ -89,10 +90,10 @@ impl Code {
             Self::InvalidSpec => row("invalid-spec", S::UNPROCESSABLE_ENTITY, "The job spec cannot be run",
                 "`errors` lists everything that is wrong, each with a JSON pointer to its place in the body. Nothing was \
                  created; mend all of it and send it again."),
-            Self::InvalidPrecondition => row("precondition-failed", S::PRECONDITION_FAILED, "The job has changed",
-                "The ETag in If-Match is not the job's any more. Read the job again and decide anew."),
             Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed",
                 "Send `Authorization: Bearer sct_…` with a key this service knows."),
+            Self::Forbidden => row("forbidden", S::FORBIDDEN, "The API key does not allow this",
+                "The key may only read. Use one with the scope `submit` or `admin`."),
             Self::ForeignHost => row("foreign-host", S::MISDIRECTED_REQUEST, "This service is not that host",
                 "Without an API key the service answers only to localhost and loopback addresses, so that no web page \
                  can reach it through a name of its own. Use http://127.0.0.1, or start the service with a key."),
@@ -213,6 +214,23 @@ impl IntoResponse for Problem {
         }
         response.extensions_mut().insert(self);
         response
+    }
+}
+
+impl From<db::Error> for Problem {
+    fn from(error: db::Error) -> Self {
+        match error {
+            db::Error::Unavailable(cause) => {
+                tracing::warn!(%cause, "the database does not answer");
+                Self::new(Code::Unavailable, "The database does not answer. Running jobs go on.")
+            }
+            db::Error::Illegal(illegal) => {
+                Self::new(Code::StateConflict, format!("The job is {}.", illegal.from))
+            }
+            error @ (db::Error::LeaseLost | db::Error::Sql(_) | db::Error::Migrate(_)) => {
+                Self::internal(error)
+            }
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! What tests share: tiny models, a private database, a running service.
 
 #[cfg(feature = "service")]
+pub mod app;
+#[cfg(feature = "service")]
 pub mod postgres;
 #[cfg(feature = "engine")]
 pub mod program;

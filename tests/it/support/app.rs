@@ -1,0 +1,185 @@
+//! A running API: a real listener on loopback over a fresh database.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
+use secateur::job::spec::JobSpec;
+use secateur::service::db::{Database, JobRow, Lease, NewArtifact, NewJob, Tenant};
+use secateur::service::http::{ApiKey, AppState, Roots, serve};
+use secateur::service::store::{Store, epoch_prefix};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::postgres;
+
+pub const KEY: &str = "sct_testkey1_0123456789abcdef0123456789abcdef";
+
+pub struct App {
+    pub url: String,
+    pub database: Database,
+    pub store: Store,
+    pub shutdown: CancellationToken,
+    pub client: Client,
+    pub server: JoinHandle<std::io::Result<()>>,
+    directory: TempDir,
+}
+
+impl App {
+    /// Without a key, as `secateur up` on a laptop.
+    pub async fn start() -> Self {
+        Self::start_with(false).await
+    }
+
+    /// With [`KEY`].
+    pub async fn start_locked() -> Self {
+        Self::start_with(true).await
+    }
+
+    async fn start_with(locked: bool) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        fs::create_dir(&root).unwrap();
+        let database = postgres::fresh().await;
+        if locked {
+            let key: ApiKey = KEY.parse().unwrap();
+            database.key_put(&key.row(Tenant::DEFAULT, "test")).await.unwrap();
+        }
+        let store = Store::open(directory.path().join("store")).unwrap();
+        let shutdown = CancellationToken::new();
+        let state = AppState {
+            database: database.clone(),
+            store: store.clone(),
+            roots: Roots::new(&[root]).unwrap(),
+            locked,
+            shutdown: shutdown.clone(),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (listening, stop) = (database.clone(), shutdown.clone());
+        tokio::spawn(async move { listening.listen(stop).await });
+        let server = tokio::spawn(serve(listener, state));
+        Self { url, database, store, shutdown, client: Client::new(), server, directory }
+    }
+
+    /// The allowed root.
+    pub fn root(&self) -> PathBuf {
+        self.directory.path().join("root").canonicalize().unwrap()
+    }
+
+    /// A directory beside the root that no job may read.
+    pub fn outside(&self) -> PathBuf {
+        let outside = self.directory.path().canonicalize().unwrap().join("outside");
+        fs::create_dir_all(&outside).unwrap();
+        outside
+    }
+
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("{}{path}", self.url))
+    }
+
+    pub fn get(&self, path: &str) -> RequestBuilder {
+        self.request(Method::GET, path)
+    }
+
+    pub fn post(&self, path: &str) -> RequestBuilder {
+        self.request(Method::POST, path)
+    }
+
+    pub async fn json(&self, path: &str) -> Value {
+        let response = self.get(path).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        response.json().await.unwrap()
+    }
+
+    /// A spec that is fine, on a model of `layers` layers below the root.
+    pub fn spec(&self, layers: u32) -> Value {
+        let model = self.root().join("model");
+        write_checkpoint(&model, layers);
+        json!({"model": {"from": "path", "path": model}, "prune": {"amount": {"layers": 2}}})
+    }
+
+    /// Puts a job into the queue, past the API's checks.
+    pub async fn enqueue(&self, name: &str) -> JobRow {
+        let spec = json!({
+            "name": name, "labels": {"team": "nlp", "run": name},
+            "model": {"from": "hub", "repo": "org/name"}, "prune": {"amount": {"layers": 2}},
+        });
+        let spec = JobSpec::read(spec).unwrap();
+        self.database.job_insert(Tenant::DEFAULT, &NewJob { spec, priority: 0 }).await.unwrap()
+    }
+
+    /// Takes the next job, as a worker does.
+    pub async fn claim(&self) -> Lease {
+        let claimed = self.database.claim(Uuid::now_v7(), std::time::Duration::from_secs(60)).await.unwrap();
+        claimed.unwrap().0
+    }
+
+    /// Ends a claimed job with these files.
+    pub async fn finish(&self, lease: Lease, files: &[(&str, &[u8])]) {
+        let mut stored = Vec::new();
+        for (path, bytes) in files {
+            let file = self.directory.path().join("upload");
+            let _ = fs::remove_file(&file);
+            fs::write(&file, bytes).unwrap();
+            let location = format!("{}/{path}", epoch_prefix(lease.job, lease.epoch));
+            let put = self.store.put(&location, &file).unwrap();
+            stored.push(NewArtifact {
+                path: (*path).into(),
+                sha256: put.sha256,
+                size_bytes: put.size_bytes,
+                location,
+            });
+        }
+        self.database.finish(lease, &stored).await.unwrap();
+    }
+}
+
+/// Asserts that `response` is a well-formed problem and gives its body.
+pub async fn problem(response: Response, status: u16, code: &str) -> Value {
+    assert_eq!(response.status(), StatusCode::from_u16(status).unwrap());
+    assert_eq!(response.headers()["content-type"], "application/problem+json");
+    let id = response.headers()["x-request-id"].to_str().unwrap().to_owned();
+    let body: Value = response.json().await.unwrap();
+    assert_eq!((&body["code"], &body["status"]), (&json!(code), &json!(status)), "{body}");
+    assert_eq!(body["type"], format!("/problems/{code}"));
+    assert_eq!(body["request_id"], id);
+    assert!(body["title"].is_string() && !body["detail"].as_str().unwrap().is_empty(), "{body}");
+    body
+}
+
+/// The JSON pointers of a problem.
+pub fn pointers(body: &Value) -> Vec<&str> {
+    body["errors"].as_array().unwrap().iter().map(|e| e["pointer"].as_str().unwrap()).collect()
+}
+
+/// A checkpoint that looks right from outside: all its weights are zero.
+pub fn write_checkpoint(directory: &Path, layers: u32) {
+    fs::create_dir_all(directory).unwrap();
+    let config =
+        json!({"model_type": "llama", "num_hidden_layers": layers, "hidden_size": 4, "vocab_size": 8});
+    fs::write(directory.join("config.json"), config.to_string()).unwrap();
+    let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![8, 4])];
+    tensors.extend((0..layers).map(|l| (format!("model.layers.{l}.input_layernorm.weight"), vec![4])));
+    write_safetensors(&directory.join("model.safetensors"), &tensors);
+}
+
+/// A safetensors file of zeros in f32.
+pub fn write_safetensors(file: &Path, tensors: &[(String, Vec<usize>)]) {
+    let mut header = serde_json::Map::new();
+    let mut end = 0;
+    for (name, shape) in tensors {
+        let start = end;
+        end += shape.iter().product::<usize>() * 4;
+        header.insert(name.clone(), json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]}));
+    }
+    let header = Value::Object(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + end, 0);
+    fs::write(file, bytes).unwrap();
+}
