@@ -309,6 +309,17 @@ mod tests {
     }
 
     #[test]
+    fn text_that_no_database_keeps_is_refused_at_its_place() {
+        let mut spec = full();
+        spec["name"] = json!("a\0b");
+        spec["labels"] = json!({"k\0": "v", "team": "\0"});
+        spec["eval"]["perplexity"][0]["text"] = json!("words\0");
+        let mut found = pointers(spec);
+        found.sort();
+        assert_eq!(found, ["/eval/perplexity/0/text", "/labels/k\0", "/labels/team", "/name"]);
+    }
+
+    #[test]
     fn messages_stay_short_whatever_is_sent() {
         let long = "x".repeat(1 << 20);
         let complaints =

@@ -163,6 +163,10 @@ impl Walk<'_> {
                 let message = format!("must be a UUID, not {}", shown(value));
                 self.replace(schema, value, at, message);
             }
+            // PostgreSQL keeps no such text, nor does a path have it.
+            Value::String(text) if text.contains('\0') => {
+                self.replace(schema, value, at, "must not contain the character NUL");
+            }
             Value::String(_) | Value::Bool(_) | Value::Null => {}
         }
     }
@@ -174,6 +178,10 @@ impl Walk<'_> {
             let place = format!("{at}/{}", escaped(key));
             match properties.and_then(|p| p.get(key)) {
                 Some(property) => self.check(property, value, &place),
+                None if schema["additionalProperties"].is_object() && key.contains('\0') => {
+                    self.complain(&place, "must not contain the character NUL");
+                    unknown.push(key.clone());
+                }
                 None if schema["additionalProperties"].is_object() => {
                     self.check(&schema["additionalProperties"], value, &place);
                 }

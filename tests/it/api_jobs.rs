@@ -93,9 +93,16 @@ async fn the_list_is_narrowed_by_state_name_and_labels() {
             page["data"].as_array().unwrap().iter().map(|j| j["name"].as_str().unwrap()).collect();
         assert_eq!(found, names, "{query}");
     }
-    for query in
-        ["?limit=0", "?limit=101", "?limit=x", "?after=x", "?state=done", "?label=team", "?colour=red"]
-    {
+    for query in [
+        "?limit=0",
+        "?limit=101",
+        "?limit=x",
+        "?after=x",
+        "?state=done",
+        "?label=team",
+        "?colour=red",
+        "?name=%00",
+    ] {
         let response = app.get(&format!("/v1/jobs{query}")).send().await.unwrap();
         problem(response, 400, "invalid-query").await;
     }

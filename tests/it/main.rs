@@ -1,24 +1,6 @@
 //! One binary that mirrors the surface; tests are named as sentences.
 #![allow(clippy::unwrap_used)]
 
-#[cfg(feature = "engine")]
-mod bad_input;
-mod examples;
-#[cfg(feature = "engine")]
-mod heal;
-#[cfg(feature = "service")]
-mod local_pg;
-#[cfg(feature = "engine")]
-mod profile;
-#[cfg(feature = "engine")]
-mod prune;
-#[cfg(feature = "engine")]
-mod report;
-#[cfg(feature = "engine")]
-mod run;
-#[cfg(feature = "engine")]
-mod select;
-mod state;
 #[cfg(feature = "service")]
 mod api_artifacts;
 #[cfg(feature = "service")]
@@ -31,8 +13,26 @@ mod api_http;
 mod api_jobs;
 #[cfg(feature = "service")]
 mod api_spec;
+#[cfg(feature = "engine")]
+mod bad_input;
+mod examples;
+#[cfg(feature = "engine")]
+mod heal;
+#[cfg(feature = "service")]
+mod local_pg;
 #[cfg(feature = "service")]
 mod openapi;
+#[cfg(feature = "engine")]
+mod profile;
+#[cfg(feature = "engine")]
+mod prune;
+#[cfg(feature = "engine")]
+mod report;
+#[cfg(feature = "engine")]
+mod run;
+#[cfg(feature = "engine")]
+mod select;
+mod state;
 mod support;
 mod tidy;
 #[cfg(feature = "engine")]

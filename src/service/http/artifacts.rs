@@ -107,7 +107,10 @@ async fn file(
 ) -> Result<Response, Problem> {
     job_row(&state.database, tenant, id).await?;
     // The row says where the file is; what was asked for never becomes a path.
-    let row = state.database.artifact(tenant, id, &path).await?;
+    let row = match path.contains('\0') {
+        true => None,
+        false => state.database.artifact(tenant, id, &path).await?,
+    };
     let row = row.ok_or_else(|| {
         Problem::new(
             Code::ArtifactNotFound,

@@ -68,7 +68,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Pairs {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         let query = Query::<Vec<(String, String)>>::from_request_parts(parts, state).await;
-        query.map(|Query(pairs)| Self(pairs)).map_err(|e| Problem::new(Code::InvalidQuery, e.body_text()))
+        let Query(pairs) = query.map_err(|e| Problem::new(Code::InvalidQuery, e.body_text()))?;
+        if pairs.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')) {
+            return Err(Problem::new(Code::InvalidQuery, "A parameter contains the character NUL."));
+        }
+        Ok(Self(pairs))
     }
 }
 
