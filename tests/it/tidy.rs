@@ -119,11 +119,27 @@ fn our_paths(room: &str, source: &str) -> Vec<String> {
         }
         let ups = source[at..].split("::").take_while(|part| *part == "super").count();
         let mut parts: Vec<&str> = room.split("::").collect();
-        // `super` of a file is the module that holds it.
-        parts.truncate(parts.len().saturating_sub(ups));
+        // `super` of a file is the module that holds it; of an inline module, the file.
+        let out = ups.saturating_sub(inline_depth(&source[..at]));
+        parts.truncate(parts.len().saturating_sub(out));
         expand(&parts.join("::"), &source[at + ups * "super::".len()..], &mut found);
     }
     found
+}
+
+/// How many inline modules are open at the end of a (formatted) source.
+fn inline_depth(source: &str) -> usize {
+    let mut open: Vec<&str> = Vec::new();
+    for line in source.lines() {
+        let code = line.trim_start();
+        let indent = &line[..line.len() - code.len()];
+        if code == "}" && open.last() == Some(&indent) {
+            open.pop();
+        } else if code.ends_with('{') && (code.starts_with("mod ") || code.contains(" mod ")) {
+            open.push(indent);
+        }
+    }
+    open.len()
 }
 
 /// Unfolds `a::{b, c::d}` into whole paths.
@@ -248,6 +264,8 @@ fn rooms_import_only_what_the_plan_allows() {
         wrong("src/job/spec.rs", "// crate::engine::Cx\n#[cfg(test)]\nmod tests { use crate::cli; }"),
         0
     );
+    let inline = "mod hub {\n    use super::Hub;\n}\nuse super::engine;";
+    assert_eq!(wrong("src/fetch.rs", inline), 1);
     hold(&rust_files("src"), import_law);
 }
 
