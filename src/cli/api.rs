@@ -1,10 +1,45 @@
-//! `secateur api`.
+//! `secateur api`: the HTTP API without workers.
 
 use std::process::ExitCode;
 
-#[derive(clap::Args)]
-pub struct Args {}
+use anyhow::Context;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not built yet")
+use super::options::{self, DataArgs, DatabaseArgs, LogArgs};
+use super::up::{self, ServeArgs};
+use crate::service::store::Store;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    serve: ServeArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    args.log.start();
+    options::runtime()?.block_on(serve(&args))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(args: &Args) -> anyhow::Result<()> {
+    let shutdown = options::shutdown_on_signals()?;
+    let data = args.data.directory()?;
+    let database = options::connect(args.database.required()?).await?;
+    database.migrate().await?;
+    let door = args.serve.open(&database).await?;
+    let store = Store::open(data.join("store")).context("cannot open the store")?;
+    let background = CancellationToken::new();
+    let _stop_background = background.clone().drop_guard();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(up::serve(door, database.clone(), store, shutdown.clone(), background));
+    let ended = up::all(tasks, &shutdown).await;
+    database.close().await;
+    ended
 }

@@ -2,9 +2,21 @@
 
 use std::process::ExitCode;
 
-#[derive(clap::Args)]
-pub struct Args {}
+use super::options::{self, DatabaseArgs};
 
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not built yet")
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    options::runtime()?.block_on(async {
+        let database = options::connect(args.database.required()?).await?;
+        database.migrate().await?;
+        database.close().await;
+        anyhow::Ok(())
+    })?;
+    println!("the database schema is up to date");
+    Ok(ExitCode::SUCCESS)
 }

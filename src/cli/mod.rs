@@ -14,6 +14,8 @@ mod migrate;
 mod observe;
 #[cfg(feature = "service")]
 mod openapi;
+#[cfg(feature = "service")]
+mod options;
 #[cfg(feature = "engine")]
 mod process;
 #[cfg(feature = "engine")]

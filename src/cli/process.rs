@@ -30,6 +30,21 @@ pub fn limit_threads(threads: usize) {
     }
 }
 
+/// Ends this process when the worker that started it is gone: nobody hears it any
+/// more, and another attempt may be waiting for its workspace. Started by hand it
+/// has no supervisor.
+pub fn end_with_supervisor() {
+    let named = std::env::var("SECATEUR_SUPERVISOR_PID").ok();
+    let Some(supervisor) = named.and_then(|pid| pid.parse::<u32>().ok()) else { return };
+    std::thread::spawn(move || {
+        while std::os::unix::process::parent_id() == supervisor {
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+        let me = rustix::process::getpid();
+        rustix::process::kill_process(me, rustix::process::Signal::KILL).ok();
+    });
+}
+
 extern "C" fn note_signal(signal: i32) {
     STOP.store(signal, Ordering::Relaxed);
 }

@@ -85,6 +85,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         process::limit_threads(threads.into());
     }
     process::stop_on_signals();
+    process::end_with_supervisor();
     let observer: Box<dyn Observer> = match args.events {
         Some(EventFormat::Jsonl) => Box::new(JsonLines::default()),
         None => Box::new(Terminal::new()),

@@ -1,10 +1,43 @@
-//! `secateur worker`.
+//! `secateur worker`: runs jobs, serves nobody.
 
 use std::process::ExitCode;
 
-#[derive(clap::Args)]
-pub struct Args {}
+use anyhow::Context;
+use tokio_util::sync::CancellationToken;
 
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not built yet")
+use super::options::{self, DataArgs, DatabaseArgs, LogArgs, WorkArgs};
+use crate::service::store::Store;
+use crate::worker;
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    work: WorkArgs,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    args.log.start();
+    options::runtime()?.block_on(work(&args))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn work(args: &Args) -> anyhow::Result<()> {
+    let shutdown = options::shutdown_on_signals()?;
+    let data = args.data.directory()?;
+    let database = options::connect(args.database.required()?).await?;
+    let store = Store::open(data.join("store")).context("cannot open the store")?;
+    let settings = args.work.settings(&data)?;
+    let background = CancellationToken::new();
+    let _stop_background = background.clone().drop_guard();
+    let listening = database.clone();
+    tokio::spawn(async move { listening.listen(background).await });
+    let ended = worker::run(database.clone(), store, settings, &args.work.devices, shutdown).await;
+    database.close().await;
+    Ok(ended?)
 }

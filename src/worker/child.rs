@@ -170,13 +170,17 @@ async fn hear(stdout: Option<impl AsyncRead + Unpin>, told: mpsc::Sender<Event>)
     let mut reader = BufReader::new(stdout);
     let mut line = Vec::new();
     while matches!(read_line(&mut reader, &mut line).await, Ok(true)) {
-        match serde_json::from_slice(&line) {
+        // The database's text cannot hold a NUL.
+        let text = String::from_utf8_lossy(&line).replace("\\u0000", "");
+        match serde_json::from_str(&text) {
             Ok(event) => {
                 if told.send(event).await.is_err() {
                     return;
                 }
             }
-            Err(error) => tracing::warn!(%error, line = %String::from_utf8_lossy(&line), "no event"),
+            Err(error) => {
+                tracing::warn!(%error, line = %text.chars().take(200).collect::<String>(), "no event")
+            }
         }
     }
 }

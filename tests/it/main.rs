@@ -15,9 +15,13 @@ mod api_jobs;
 mod api_spec;
 #[cfg(feature = "engine")]
 mod bad_input;
+#[cfg(feature = "service")]
+mod db;
 mod examples;
 #[cfg(feature = "engine")]
 mod heal;
+#[cfg(feature = "service")]
+mod leases;
 #[cfg(feature = "service")]
 mod local_pg;
 #[cfg(feature = "service")]
@@ -32,10 +36,14 @@ mod report;
 mod run;
 #[cfg(feature = "engine")]
 mod select;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod service_crash;
 mod state;
 mod support;
 mod tidy;
 #[cfg(feature = "engine")]
 mod tiny;
+#[cfg(feature = "service")]
+mod worker;
 #[cfg(feature = "engine")]
 mod workspace;

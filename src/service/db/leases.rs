@@ -55,7 +55,7 @@ pub enum Renewal {
 /// How often a job may be tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Attempts in all.
+    /// Attempts that may fail, besides those that lost their worker.
     pub attempts: i32,
     /// Attempts that lost their worker.
     pub crashes: i32,
@@ -187,7 +187,8 @@ impl Database {
     /// another attempt may end differently and the limits allow one.
     pub async fn fail(&self, lease: Lease, failure: &Failure, limits: Limits) -> Result<JobState> {
         let (mut tx, mut job) = self.end(lease).await?;
-        let retries_left = job.attempt < limits.attempts;
+        // Attempts that lost their worker are counted apart.
+        let retries_left = job.attempt - job.crashes < limits.attempts;
         let retryable = failure.kind.retryable();
         job.state = match job.wish {
             Some(wish) if retryable => job.state.after(Change::Stopped { wish: Some(wish) })?,
@@ -257,7 +258,7 @@ impl Database {
         };
         job.epoch += 1;
         job.crashes += 1;
-        let crashes_left = job.crashes < limits.crashes && job.attempt < limits.attempts;
+        let crashes_left = job.crashes < limits.crashes;
         job.state = job.state.after(Change::LeaseExpired { wish: job.wish, crashes_left })?;
         let reason = format!("lost its worker (time {} of at most {})", job.crashes, limits.crashes);
         if job.state == JobState::Failed {

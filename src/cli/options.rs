@@ -1,0 +1,186 @@
+//! What the service's commands have in common: flags, logs, signals.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::ValueEnum;
+use sqlx::postgres::PgConnectOptions;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::service::db::Database;
+use crate::service::http::ApiKey;
+use crate::service::local_pg::LocalPg;
+use crate::worker::{Settings, Shutdown};
+
+/// A request or a worker waits at most this long for a connection.
+const PATIENCE: Duration = Duration::from_secs(5);
+const CONNECTIONS: u32 = 20;
+
+#[derive(clap::Args)]
+pub struct LogArgs {
+    /// How to log to stderr; `RUST_LOG` says how much.
+    #[arg(long, value_enum, default_value = "text", env = "SECATEUR_LOG_FORMAT")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+impl LogArgs {
+    pub fn start(&self) {
+        use tracing_subscriber::EnvFilter;
+        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        match self.log_format {
+            LogFormat::Text => log.with_target(false).init(),
+            LogFormat::Json => log.json().init(),
+        }
+    }
+}
+
+#[derive(clap::Args)]
+pub struct DataArgs {
+    /// Where everything is kept: database, workspaces, finished files
+    /// [default: /var/lib/secateur as root, else the XDG data directory]
+    #[arg(long, env = "SECATEUR_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+impl DataArgs {
+    /// The data directory, made when missing, as an absolute path.
+    pub fn directory(&self) -> anyhow::Result<PathBuf> {
+        let directory = match &self.data_dir {
+            Some(directory) => directory.clone(),
+            None if rustix::process::geteuid().is_root() => "/var/lib/secateur".into(),
+            None => home_data()
+                .context("neither XDG_DATA_HOME nor HOME says where to keep data; give --data-dir DIR")?,
+        };
+        let made = std::fs::create_dir_all(&directory).and_then(|()| directory.canonicalize());
+        made.with_context(|| format!("cannot use the data directory {}", directory.display()))
+    }
+}
+
+fn home_data() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    set("XDG_DATA_HOME").or_else(|| Some(set("HOME")?.join(".local/share"))).map(|d| d.join("secateur"))
+}
+
+#[derive(clap::Args)]
+pub struct DatabaseArgs {
+    /// A PostgreSQL server, e.g. postgres://user:password@host/name
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Option<String>,
+}
+
+impl DatabaseArgs {
+    /// How to reach the named server; none when none is named.
+    pub fn named(&self) -> anyhow::Result<Option<PgConnectOptions>> {
+        let parse = |url: &String| url.parse().context("the database URL cannot be read");
+        self.database_url.as_ref().map(parse).transpose()
+    }
+
+    /// How to reach the server that this command cannot do without.
+    pub fn required(&self) -> anyhow::Result<PgConnectOptions> {
+        self.named()?.context("no database is named: give --database-url URL, or use `secateur up`")
+    }
+}
+
+pub async fn connect(options: PgConnectOptions) -> anyhow::Result<Database> {
+    Database::connect(options, CONNECTIONS, PATIENCE).await.context("cannot connect")
+}
+
+/// Starts the private PostgreSQL in `data`.
+pub async fn start_postgres(data: &Path) -> anyhow::Result<Arc<LocalPg>> {
+    let home = data.join("postgres");
+    Ok(Arc::new(tokio::task::spawn_blocking(move || LocalPg::start(&home)).await??))
+}
+
+#[derive(clap::Args)]
+pub struct KeyArgs {
+    /// A file with the key that opens the API; `SECATEUR_API_KEY` holds the key itself.
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+}
+
+impl KeyArgs {
+    pub fn key(&self) -> anyhow::Result<Option<Arc<ApiKey>>> {
+        let (text, from) = match (&self.api_key_file, std::env::var("SECATEUR_API_KEY")) {
+            (Some(file), _) => {
+                let from = file.display().to_string();
+                (std::fs::read_to_string(file).with_context(|| format!("cannot read {from}"))?, from)
+            }
+            (None, Ok(key)) => (key, "SECATEUR_API_KEY".to_owned()),
+            (None, Err(_)) => return Ok(None),
+        };
+        let key = text.trim().parse().map_err(|e| anyhow::anyhow!("{from}: {e}"))?;
+        Ok(Some(Arc::new(key)))
+    }
+}
+
+#[derive(clap::Args)]
+pub struct WorkArgs {
+    /// A device to run jobs on; give it again for another worker.
+    #[arg(long = "device", value_name = "DEVICE", default_value = "cpu")]
+    pub devices: Vec<String>,
+    /// How long a lease lives without a heartbeat.
+    #[arg(long, hide = true, env = "SECATEUR_LEASE_TTL_MS", default_value_t = 60_000)]
+    lease_ttl_ms: u64,
+    /// How long a child may take to stop.
+    #[arg(long, hide = true, env = "SECATEUR_STOP_GRACE_MS", default_value_t = 60_000)]
+    stop_grace_ms: u64,
+    /// Wait before the second attempt.
+    #[arg(long, hide = true, env = "SECATEUR_BACKOFF_MS", default_value_t = 5_000)]
+    backoff_ms: u64,
+    /// Run this program instead of our own `run`.
+    #[arg(long, hide = true, env = "SECATEUR_CHILD_PROGRAM")]
+    child_program: Option<PathBuf>,
+}
+
+impl WorkArgs {
+    pub fn settings(&self, data: &Path) -> anyhow::Result<Settings> {
+        let mut settings = Settings::new(data.to_owned()).context("cannot find my own program")?;
+        settings.ttl = Duration::from_millis(self.lease_ttl_ms.max(100));
+        settings.poll = (settings.ttl / 12).min(Duration::from_secs(5));
+        settings.stop_grace = Duration::from_millis(self.stop_grace_ms);
+        settings.limits.backoff = Duration::from_millis(self.backoff_ms);
+        if let Some(program) = &self.child_program {
+            settings.program = vec![program.into()];
+        }
+        Ok(settings)
+    }
+}
+
+/// SIGTERM or SIGINT drains, a second one hurries.
+pub fn shutdown_on_signals() -> anyhow::Result<Shutdown> {
+    let shutdown = Shutdown::default();
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let told = shutdown.clone();
+    tokio::spawn(async move {
+        for order in [&told.drain, &told.hurry] {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            tracing::info!(
+                "{}",
+                if order.is_cancelled() || told.drain.is_cancelled() {
+                    "stopping at once"
+                } else {
+                    "stopping in order; once more to stop at once"
+                }
+            );
+            order.cancel();
+        }
+    });
+    Ok(shutdown)
+}
+
+/// The runtime of a service command.
+pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
