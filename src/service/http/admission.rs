@@ -29,7 +29,7 @@ impl Roots {
         let outside = || {
             let roots: Vec<_> = self.0.iter().map(|r| r.display().to_string()).collect();
             match roots.as_slice() {
-                [] => "may not be read: this service was started without --root".to_string(),
+                [] => "may not be read: this service was started without --allow-root".to_string(),
                 roots => format!("may not be read: it must be an absolute path below {}", roots.join(" or ")),
             }
         };
