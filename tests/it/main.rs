@@ -20,6 +20,8 @@ mod db;
 mod examples;
 #[cfg(feature = "engine")]
 mod heal;
+#[cfg(feature = "engine")]
+mod heal_stage;
 #[cfg(feature = "service")]
 mod leases;
 #[cfg(feature = "service")]

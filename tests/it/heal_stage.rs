@@ -1,0 +1,127 @@
+//! The heal stage on files: merged as trained, judged on what is written, kept or thrown away.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use secateur::engine::heal::backward::mean_loss;
+use secateur::engine::heal::{Wound, heal};
+use secateur::engine::model::lora::Adapter;
+use secateur::engine::model::{Checkpoint, Compute, Decoder, pad};
+use secateur::engine::prune::prune;
+use secateur::engine::workspace::Workspace;
+use secateur::engine::{Cx, Result};
+use secateur::job::progress::{Silent, Stage};
+use secateur::job::report::HealReport;
+use secateur::job::spec::{Corpus, JobSpec};
+use serde_json::{Value, json};
+
+use crate::support::tiny::{Tiny, VOCAB};
+
+/// A pattern to learn: counting, from different starts.
+fn windows(_: &Corpus, seq_len: usize, most: usize) -> Result<Vec<Vec<u32>>> {
+    let token = |n: usize, i: usize| ((n * 7 + i) % (VOCAB - 1)) as u32;
+    Ok((0..most.min(24)).map(|n| (0..seq_len).map(|i| token(n, i)).collect()).collect())
+}
+
+fn compute() -> Compute {
+    Compute { device: Device::Cpu, dtype: DType::F32 }
+}
+
+/// Prunes two layers of a tiny float32 model and heals with these QLoRA values.
+fn healed(dir: &Path, qlora: Value) -> (Vec<HealReport>, Vec<String>) {
+    let base = Checkpoint::open(&Tiny { dtype: Dtype::F32, ..Tiny::llama() }.write(dir.join("base"))).unwrap();
+    let mut spec = json!({
+        "model": {"from": "path", "path": "base"},
+        "prune": {"amount": {"layers": 2}},
+        "heal": [{"method": "qlora", "rank": 4, "steps": 12, "batch_size": 2, "seq_len": 24, "warmup_steps": 0,
+                  "learning_rate": 0.01, "dropout": 0.0, "bits": 16}],
+    });
+    for (key, value) in qlora.as_object().unwrap() {
+        spec["heal"][0][key] = value.clone();
+    }
+    let spec = JobSpec::read(spec).unwrap();
+    let workspace = Workspace::open(&dir.join("workspace")).unwrap();
+    let compute = compute();
+    let cx = Cx { stage: Stage::Heal, compute: &compute, observer: &Silent };
+    let pruned = prune(&base, &[2, 3], None, &workspace, cx).unwrap();
+    let wound = Wound { spec: &spec, base: base.config().facts(), dropped: 2, pruned: &pruned };
+    heal(&wound, &mut windows, &workspace, &dir.join("scratch"), cx).unwrap()
+}
+
+fn open(dir: &Path, name: &str) -> Checkpoint {
+    Checkpoint::open(&dir.join("workspace").join(name)).unwrap()
+}
+
+#[test]
+fn the_merged_checkpoint_computes_what_pruned_and_adapter_compute_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reports, left) = healed(dir.path(), json!({}));
+    assert_eq!(left, ["healed", "adapter"]);
+    assert!(!reports[0].reverted);
+    let pruned = open(dir.path(), "pruned");
+    let merged = Decoder::open(&open(dir.path(), "healed"), &compute()).unwrap();
+    let plain = Decoder::open(&pruned, &compute()).unwrap();
+    let saved = std::fs::read(dir.path().join("workspace/adapter/adapter_model.safetensors")).unwrap();
+    let saved = candle_core::safetensors::load_buffer(&saved, &Device::Cpu).unwrap();
+    let config = std::fs::read(dir.path().join("workspace/adapter/adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let scale = config["lora_alpha"].as_f64().unwrap() / config["r"].as_f64().unwrap();
+
+    let tokens: Vec<u32> = (0..20).map(|i| i * 11 % 256).collect();
+    let tokens = pad(&[&tokens], &compute()).unwrap();
+    let pass = plain.pass(0, 20).unwrap();
+    let mut x = plain.embed(&tokens).unwrap();
+    for layer in 0..pruned.config().layer_count {
+        let adapter = |i: usize| {
+            let name = ["gate_proj", "up_proj", "down_proj"].get(i.checked_sub(4)?)?;
+            let part = |ab: &str| saved[&format!("base_model.model.model.layers.{layer}.mlp.{name}.lora_{ab}.weight")].clone();
+            Some(Adapter { a: part("A"), b: part("B"), scale, dropout: None })
+        };
+        let adapted = plain.layer(layer).unwrap().with_adapters(&std::array::from_fn(adapter));
+        x = adapted.forward(&x, &pass, None).unwrap();
+    }
+    let difference = |a: &Tensor, b: &Tensor| -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    };
+    let want = plain.forward(&tokens).unwrap();
+    assert!(difference(&x, &want) > 0.01, "the adapter changes nothing");
+    assert!(difference(&x, &merged.forward(&tokens).unwrap()) < 1e-3);
+}
+
+#[test]
+fn the_held_out_loss_in_the_report_is_that_of_the_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reports, _) = healed(dir.path(), json!({}));
+    // 24 windows: a tenth, two of them, are held out, and they are the last ones.
+    let held_out = windows(&Corpus::default(), 24, 24).unwrap().split_off(22);
+    for (name, said) in [("pruned", reports[0].held_out_before), ("healed", reports[0].held_out_after)] {
+        let decoder = Decoder::open(&open(dir.path(), name), &compute()).unwrap();
+        let found = mean_loss(&decoder, &held_out).unwrap();
+        assert!((found - said).abs() < 1e-9, "{name}: {found} {said}");
+    }
+    assert!(reports[0].held_out_after < reports[0].held_out_before);
+}
+
+#[test]
+fn healing_that_hurts_is_thrown_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reports, left) = healed(dir.path(), json!({"learning_rate": 1.0, "steps": 4, "schedule": "constant"}));
+    assert!(reports[0].reverted && reports[0].checkpoint.is_none(), "{:?}", reports[0]);
+    assert!(reports[0].held_out_after >= reports[0].held_out_before);
+    assert!(left.is_empty());
+    for name in ["healed", "healing", "adapter"] {
+        assert!(!dir.path().join("workspace").join(name).exists(), "{name}");
+    }
+}
+
+#[test]
+fn what_adapters_do_not_touch_keeps_its_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    healed(dir.path(), json!({"targets": ["down_proj"]}));
+    let (pruned, healed) = (open(dir.path(), "pruned"), open(dir.path(), "healed"));
+    for name in pruned.names() {
+        let same = pruned.bytes(name).unwrap() == healed.bytes(name).unwrap();
+        assert_eq!(same, !name.ends_with("down_proj.weight"), "{name}");
+    }
+}
