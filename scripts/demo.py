@@ -29,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PART_BYTES = 64 << 20
 START_TIMEOUT_S = 120
+MOST_RETRIES = 30
 STOP_TIMEOUT_S = 30
 
 
@@ -87,7 +88,8 @@ def events(api, path):
     """Yields (name, data) of every server-sent event. A broken line is taken up
     again after the last event that was heard."""
     last_id = "0"
-    while True:
+    retries = 0
+    while retries < MOST_RETRIES:
         try:
             with api.request("GET", path, Accept="text/event-stream", Last_Event_ID=last_id) as answer:
                 name, data, event_id = "message", [], None
@@ -104,11 +106,13 @@ def events(api, path):
                         yield name, json.loads("\n".join(data))
                         if name == "end":
                             return
-                        last_id = event_id or last_id
+                        last_id, retries = event_id or last_id, 0
                         name, data, event_id = "message", [], None
         except (OSError, http.client.HTTPException) as error:
             print(f"the event stream broke ({error}); taking it up after event {last_id}", file=sys.stderr)
+        retries += 1
         time.sleep(1)
+    raise Failed("the service does not answer any more; its log says why")
 
 
 def download(api, artifact, target):
