@@ -161,7 +161,7 @@ def compare_profile(run, peer, text, args, verdict):
 def compare_task(run, which, peer, task, verdict):
     rows = [json.loads(l) for l in pathlib.Path(task["items"]["path"]).read_text().splitlines() if l.strip()]
     rows = rows[:task.get("limit")]
-    results = [json.loads(l) for l in (run / "eval_items" / f"{which}-{task['task']}.jsonl").read_text().splitlines()]
+    results = [json.loads(l) for l in (run / "items" / f"{which}-{task['task']}.jsonl").read_text().splitlines()]
     worst, other, right, theirs_right = 0.0, 0, 0, 0
     for ours, row in zip(results, rows, strict=True):
         likelihoods, correct, norm = peer.item(row)

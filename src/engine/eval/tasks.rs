@@ -14,7 +14,7 @@ use crate::engine::model::{Config, Decoder};
 use crate::engine::{Cx, Error, Result};
 use crate::job::report::{FailureKind, TaskScore};
 
-/// What came out for one item: a line of `eval_items/<checkpoint>-<task>.jsonl`.
+/// What came out for one item: a line of `items/<checkpoint>-<task>.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ItemResult {
     /// Place in the item file, from 0.
