@@ -97,7 +97,9 @@ fn the_held_out_loss_in_the_report_is_that_of_the_files() {
     let held_out = windows(&Corpus::default(), 24, 24).unwrap().split_off(22);
     for (name, said) in [("pruned", reports[0].held_out_before), ("healed", reports[0].held_out_after)] {
         let decoder = Decoder::open(&open(dir.path(), name), &compute()).unwrap();
-        let found = mean_loss(&decoder, &held_out).unwrap();
+        let compute = compute();
+        let cx = Cx { stage: Stage::Heal, compute: &compute, observer: &Silent };
+        let found = mean_loss(&decoder, &held_out, cx).unwrap();
         assert!((found - said).abs() < 1e-9, "{name}: {found} {said}");
     }
     assert!(reports[0].held_out_after < reports[0].held_out_before);

@@ -11,7 +11,8 @@ use crate::engine::model::checkpoint::LINEARS;
 use crate::engine::model::layer::Layer;
 use crate::engine::model::lora::{Adapter, Dropout, stream_key};
 use crate::engine::model::{Config, Decoder, ops, pad};
-use crate::engine::{Error, Result};
+use crate::engine::eval::loglikelihood::{Request, likelihoods};
+use crate::engine::{Cx, Error, Result};
 use crate::job::preset::QloraSettings;
 
 /// The adapters of all layers, as variables: `A` and `B` in turn, by layer and linear.
@@ -161,18 +162,11 @@ fn head_backward(decoder: &Decoder, x: &Tensor, windows: &[&[u32]], scale: f64) 
 }
 
 /// Mean negative log-likelihood per predicted token, in nats, without adapters.
-pub fn mean_loss(decoder: &Decoder, windows: &[Vec<u32>]) -> Result<f64> {
-    let (mut sum, mut count) = (0.0, 0);
-    for batch in windows.chunks(4) {
-        let batch: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
-        let x = decoder.forward(&pad(&batch, decoder.compute())?)?;
-        let (b, t, h) = x.dims3()?;
-        let (rows, targets) = predictions(&batch, t);
-        let x = x.reshape((b * t, h))?.index_select(&Tensor::new(&rows[..], x.device())?, 0)?;
-        sum += decoder.token_nll(&x, &targets)?.iter().map(|n| f64::from(*n)).sum::<f64>();
-        count += targets.len();
-    }
-    Ok(sum / count.max(1) as f64)
+pub fn mean_loss(decoder: &Decoder, windows: &[Vec<u32>], cx: Cx) -> Result<f64> {
+    let requests: Vec<Request> = windows.iter().map(|w| Request { tokens: w.clone(), from: 1 }).collect();
+    let scored = likelihoods(decoder, &requests, "judging on held-out windows", cx)?;
+    let predicted: usize = windows.iter().map(|w| w.len() - 1).sum();
+    Ok(-scored.iter().map(|s| s.log_likelihood).sum::<f64>() / predicted.max(1) as f64)
 }
 
 /// Rows of the flattened batch `[b · t]` that predict a token, and the tokens they predict.

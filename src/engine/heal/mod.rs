@@ -92,7 +92,7 @@ fn qlora(
     let candidate = write_merged(&source, &trained, workspace, cx)?;
     let after = {
         let healed = Checkpoint::open(&workspace.dir().join(CANDIDATE))?;
-        backward::mean_loss(&Decoder::open(&healed, cx.compute)?, &windows.held_out)?
+        backward::mean_loss(&Decoder::open(&healed, cx.compute)?, &windows.held_out, cx)?
     };
     let reverted = after >= trained.held_out_before;
     let checkpoint = if reverted {

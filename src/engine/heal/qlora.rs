@@ -95,7 +95,7 @@ pub fn train(
             cx.note(format!("healing goes on from optimizer step {}", progress.step));
             progress
         }
-        None => Progress::new(mean_loss(&Decoder::open(pruned, compute)?, &windows.held_out)?),
+        None => Progress::new(mean_loss(&Decoder::open(pruned, compute)?, &windows.held_out, cx)?),
     };
     let frozen = Decoder::open_frozen(pruned, compute, settings.bits)?;
     while progress.step < settings.steps {

@@ -162,19 +162,9 @@ impl Decoder {
         Ok(x.matmul(&self.head.t()?)?.to_dtype(DType::F32)?)
     }
 
-    /// Negative log-likelihood of `targets[i]` after the stream `x[i]`, in nats, for `x [n, h]`
-    /// as [`Self::forward`] gives it. Works through the vocabulary a few rows at a time.
-    pub fn token_nll(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
-        let mut out = Vec::with_capacity(targets.len());
-        for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
-            let logits = self.logits(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
-            let (nll, _) = ops::cross_entropy(&logits, targets)?;
-            out.extend(nll);
-        }
-        Ok(out)
-    }
-
-    /// As [`Self::token_nll`], and the gradient of `scale` times their sum for `x`.
+    /// Negative log-likelihood of `targets[i]` after the stream `x[i]`, in nats, for `x [n, h]` as
+    /// [`Self::forward`] gives it, and the gradient of `scale` times their sum for `x`. Works
+    /// through the vocabulary a few rows at a time.
     pub fn token_nll_backward(&self, x: &Tensor, targets: &[u32], scale: f64) -> Result<(Vec<f32>, Tensor)> {
         let (mut nll, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
         for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
