@@ -36,10 +36,10 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
     let door = args.serve.open(&database).await?;
     let store = Store::open(data.join("store")).context("cannot open the store")?;
     let background = CancellationToken::new();
-    let _stop_background = background.clone().drop_guard();
     let mut tasks = JoinSet::new();
-    tasks.spawn(up::serve(door, database.clone(), store, shutdown.clone(), background));
+    tasks.spawn(up::serve(door, database.clone(), store, shutdown.clone(), background.clone()));
     let ended = up::all(tasks, &shutdown).await;
+    background.cancel();
     database.close().await;
     ended
 }

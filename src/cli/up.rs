@@ -92,8 +92,8 @@ async fn work_and_serve(
     let (workers, worker_store, told) = (database.clone(), store, shutdown.clone());
     tasks.spawn(async move { Ok(worker::run(workers, worker_store, settings, &devices, told).await?) });
     let ended = all(tasks, shutdown).await;
-    database.close().await;
     background.cancel();
+    database.close().await;
     if let Some(watcher) = watcher {
         // Or it might start again what is stopped next.
         watcher.await?;

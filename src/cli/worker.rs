@@ -34,10 +34,11 @@ async fn work(args: &Args) -> anyhow::Result<()> {
     let store = Store::open(data.join("store")).context("cannot open the store")?;
     let settings = args.work.settings(&data)?;
     let background = CancellationToken::new();
-    let _stop_background = background.clone().drop_guard();
     let listening = database.clone();
-    tokio::spawn(async move { listening.listen(background).await });
+    let stop = background.clone();
+    tokio::spawn(async move { listening.listen(stop).await });
     let ended = worker::run(database.clone(), store, settings, &args.work.devices, shutdown).await;
+    background.cancel();
     database.close().await;
     Ok(ended?)
 }

@@ -30,7 +30,8 @@ fn compute() -> Compute {
 
 /// Prunes two layers of a tiny float32 model and heals with these QLoRA values.
 fn healed(dir: &Path, qlora: Value) -> (Vec<HealReport>, Vec<String>) {
-    let base = Checkpoint::open(&Tiny { dtype: Dtype::F32, ..Tiny::llama() }.write(dir.join("base"))).unwrap();
+    let base =
+        Checkpoint::open(&Tiny { dtype: Dtype::F32, ..Tiny::llama() }.write(dir.join("base"))).unwrap();
     let mut spec = json!({
         "model": {"from": "path", "path": "base"},
         "prune": {"amount": {"layers": 2}},
@@ -75,7 +76,9 @@ fn the_merged_checkpoint_computes_what_pruned_and_adapter_compute_together() {
     for layer in 0..pruned.config().layer_count {
         let adapter = |i: usize| {
             let name = ["gate_proj", "up_proj", "down_proj"].get(i.checked_sub(4)?)?;
-            let part = |ab: &str| saved[&format!("base_model.model.model.layers.{layer}.mlp.{name}.lora_{ab}.weight")].clone();
+            let part = |ab: &str| {
+                saved[&format!("base_model.model.model.layers.{layer}.mlp.{name}.lora_{ab}.weight")].clone()
+            };
             Some(Adapter { a: part("A"), b: part("B"), scale, dropout: None })
         };
         let adapted = plain.layer(layer).unwrap().with_adapters(&std::array::from_fn(adapter));
@@ -108,7 +111,8 @@ fn the_held_out_loss_in_the_report_is_that_of_the_files() {
 #[test]
 fn healing_that_hurts_is_thrown_away() {
     let dir = tempfile::tempdir().unwrap();
-    let (reports, left) = healed(dir.path(), json!({"learning_rate": 1.0, "steps": 4, "schedule": "constant"}));
+    let (reports, left) =
+        healed(dir.path(), json!({"learning_rate": 1.0, "steps": 4, "schedule": "constant"}));
     assert!(reports[0].reverted && reports[0].checkpoint.is_none(), "{:?}", reports[0]);
     assert!(reports[0].held_out_after >= reports[0].held_out_before);
     assert!(left.is_empty());

@@ -78,6 +78,8 @@ impl From<sqlx::Error> for Error {
     }
 }
 
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The job database. Cheap to clone; all clones share one pool.
 #[derive(Debug, Clone)]
 pub struct Database {
@@ -107,9 +109,11 @@ impl Database {
         Ok(sqlx::query_scalar("select clock_timestamp()").fetch_one(&self.pool).await?)
     }
 
-    /// Lets go of all connections.
+    /// Lets go of all connections; of those still in use after a moment, without order.
     pub async fn close(&self) {
-        self.pool.close().await;
+        if tokio::time::timeout(CLOSE_TIMEOUT, self.pool.close()).await.is_err() {
+            tracing::warn!("a database connection is still in use");
+        }
     }
 }
 

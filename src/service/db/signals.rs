@@ -56,7 +56,6 @@ impl Database {
 
     async fn relay(&self) -> Result<std::convert::Infallible> {
         let mut listener = PgListener::connect_with(&self.pool).await?;
-        listener.ignore_pool_close_event(true);
         listener.listen_all([QUEUED, WISHED, TOLD]).await?;
         self.send(Signal::Reconnected);
         loop {
