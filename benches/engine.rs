@@ -1,5 +1,5 @@
 //! Speed of the engine on a real model: `cargo bench --bench engine -- MODEL_DIR`.
-//! `benches/engine_torch.py` does the same work in PyTorch; compare the ratios of
+//! `benches/engine_torch.py` does the same work in `PyTorch`; compare the ratios of
 //! one machine and one hour.
 #![allow(clippy::unwrap_used)]
 

@@ -53,15 +53,6 @@ impl Terminal {
         Self { bars: std::io::stderr().is_terminal(), shown: Mutex::default() }
     }
 
-    fn say(&self, shown: &mut Shown, text: &str) {
-        if let Some(bar) = &shown.bar {
-            bar.println(text);
-        } else {
-            // A closed stderr is no reason to end the work.
-            writeln!(std::io::stderr(), "{text}").ok();
-        }
-    }
-
     fn advanced(&self, shown: &mut Shown, stage: Stage, task: &str, unit: &str, done: u64, total: u64) {
         if shown.task != task {
             clear(shown);
@@ -78,14 +69,23 @@ impl Terminal {
             bar.set_message(loss);
             return;
         }
-        let tenths = if total == 0 { 10 } else { done * 10 / total };
+        let tenths = (done * 10).checked_div(total).unwrap_or(10);
         if tenths > shown.tenths {
             shown.tenths = tenths;
-            self.say(
+            say(
                 shown,
                 &format!("{stage:>8}  {task}: {} of {}{loss}", amount(done, unit), amount(total, unit)),
             );
         }
+    }
+}
+
+fn say(shown: &Shown, text: &str) {
+    if let Some(bar) = &shown.bar {
+        bar.println(text);
+    } else {
+        // A closed stderr is no reason to end the work.
+        writeln!(std::io::stderr(), "{text}").ok();
     }
 }
 
@@ -105,12 +105,12 @@ impl Observer for Terminal {
             }
             Event::Noted { stage, message } => {
                 let stage = stage.map_or("", Stage::name);
-                self.say(shown, &format!("{stage:>8}  {message}"));
+                say(shown, &format!("{stage:>8}  {message}"));
             }
             Event::StageFinished { stage, reused, duration_ms, .. } => {
                 clear(shown);
                 let took = if reused { "as before".to_owned() } else { seconds(duration_ms) };
-                self.say(shown, &format!("{stage:>8}  done, {took}"));
+                say(shown, &format!("{stage:>8}  done, {took}"));
             }
         }
     }

@@ -72,7 +72,7 @@ fn home_data() -> Option<PathBuf> {
 
 #[derive(clap::Args)]
 pub struct DatabaseArgs {
-    /// A PostgreSQL server, e.g. postgres://user:password@host/name
+    /// A PostgreSQL server, e.g. `postgres://user:password@host/name`
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Option<String>,
 }

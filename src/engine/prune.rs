@@ -50,11 +50,11 @@ pub fn prune(
 /// The name of a tensor when the layers `dropped` are gone; none when it goes with them.
 fn renamed(name: &str, dropped: &[u32]) -> Result<Option<String>> {
     const LAYERS: &str = "model.layers.";
-    if let Some((layer, rest)) = name.strip_prefix(LAYERS).and_then(|rest| rest.split_once('.')) {
-        if let Ok(layer) = layer.parse::<u32>() {
-            let before = dropped.iter().filter(|d| **d < layer).count() as u32;
-            return Ok((!dropped.contains(&layer)).then(|| format!("{LAYERS}{}.{rest}", layer - before)));
-        }
+    if let Some((layer, rest)) = name.strip_prefix(LAYERS).and_then(|rest| rest.split_once('.'))
+        && let Ok(layer) = layer.parse::<u32>()
+    {
+        let before = dropped.iter().filter(|d| **d < layer).count() as u32;
+        return Ok((!dropped.contains(&layer)).then(|| format!("{LAYERS}{}.{rest}", layer - before)));
     }
     if name.split('.').any(|part| part.parse::<u32>().is_ok()) {
         return Err(Error::model(format!(

@@ -18,6 +18,9 @@ pub struct Shapes {
 
 impl Shapes {
     /// The schemas `T` needs, its own under its name.
+    ///
+    /// # Panics
+    /// When a schema is no JSON, which none is.
     #[must_use]
     pub fn of<T: ToSchema>() -> Self {
         let mut found = vec![(T::name().into_owned(), T::schema())];
@@ -206,10 +209,13 @@ impl Walk<'_> {
 
     /// One of several shapes: told apart by a tag, by the only key, or null.
     fn check_choice(&mut self, variants: &[Value], value: &mut Value, at: &str) {
-        if let [some, null] = variants {
-            if null["type"] == "null" {
-                return if value.is_null() { () } else { self.check(some, value, at) };
-            }
+        if let [some, null] = variants
+            && null["type"] == "null"
+        {
+            return if value.is_null() {
+            } else {
+                self.check(some, value, at)
+            };
         }
         let Value::Object(map) = value else {
             let message = format!("must be an object, not {}", shown(value));
@@ -253,7 +259,7 @@ impl Walk<'_> {
         match given[..] {
             [one] => self.check(&variants[one], value, at),
             [] if strangers.is_empty() => {
-                self.replace(&variants[0], value, at, format!("give one of {known}"))
+                self.replace(&variants[0], value, at, format!("give one of {known}"));
             }
             [] => *value = self.shapes.filler(&variants[0]),
             _ => self.replace(&variants[0], value, at, format!("give only one of {known}")),

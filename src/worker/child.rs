@@ -157,10 +157,10 @@ async fn supervise(worker: &Worker, keeper: &Keeper, child: &mut Child, lost: &C
 
 fn signal(child: &Child, signal: Signal) {
     // No id: it has ended and been waited for.
-    if let Some(pid) = child.id().and_then(|id| Pid::from_raw(id as i32)) {
-        if let Err(error) = kill_process(pid, signal) {
-            tracing::debug!(%error, "cannot signal the child");
-        }
+    if let Some(pid) = child.id().and_then(|id| Pid::from_raw(id as i32))
+        && let Err(error) = kill_process(pid, signal)
+    {
+        tracing::debug!(%error, "cannot signal the child");
     }
 }
 
@@ -179,7 +179,7 @@ async fn hear(stdout: Option<impl AsyncRead + Unpin>, told: mpsc::Sender<Event>)
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, line = %text.chars().take(200).collect::<String>(), "no event")
+                tracing::warn!(%error, line = %text.chars().take(200).collect::<String>(), "no event");
             }
         }
     }

@@ -80,7 +80,10 @@ fn walk(directory: &Path, name: &str, found: &mut Vec<(String, PathBuf)>) -> io:
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
         let file_name = entry.file_name();
-        let Some(part) = file_name.to_str().filter(|n| !n.starts_with('.') && !n.ends_with(".part")) else {
+        let Some(part) = file_name
+            .to_str()
+            .filter(|n| !n.starts_with('.') && Path::new(n).extension() != Some("part".as_ref()))
+        else {
             continue;
         };
         let path = format!("{name}/{part}");

@@ -298,10 +298,11 @@ async fn whatever_workers_do_each_job_is_finished_exactly_once() {
         assert!(!reaper.is_finished(), "the limit held");
         reaper.abort();
     }
-    let history = history.lock().unwrap();
-    assert!(history.rejected > 0 && history.claims.len() > JOBS, "nothing was lost: no chaos");
-    let (claims, finishes) = (history.claims.clone(), history.finishes.clone());
-    drop(history);
+    let (claims, finishes) = {
+        let history = history.lock().unwrap();
+        assert!(history.rejected > 0 && history.claims.len() > JOBS, "nothing was lost: no chaos");
+        (history.claims.clone(), history.finishes.clone())
+    };
     check(&database, &claims, &finishes, JOBS).await;
 }
 

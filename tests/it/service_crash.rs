@@ -116,17 +116,17 @@ impl House {
     fn said(&self) -> String {
         fs::read_to_string(self.data.path().join("log")).unwrap()
     }
+}
 
-    /// The child that works on a job.
-    fn child_of(&self, job: Uuid) -> Option<Pid> {
-        let workspace = format!("work/{job}");
-        fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
-            let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
-            let line = fs::read(entry.path().join("cmdline")).ok()?;
-            let line = String::from_utf8_lossy(&line).into_owned();
-            (line.contains("\0run\0") && line.contains(&workspace)).then_some(pid)
-        })
-    }
+/// The child that works on a job.
+fn child_of(job: Uuid) -> Option<Pid> {
+    let workspace = format!("work/{job}");
+    fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).into_owned();
+        (line.contains("\0run\0") && line.contains(&workspace)).then_some(pid)
+    })
 }
 
 impl Drop for House {
@@ -197,13 +197,13 @@ async fn a_job_whose_child_worker_and_service_are_killed_in_turn_ends_with_the_s
 
     let id = submit(&database, &spec).await;
     until_healing(&house, &database, id, 1).await;
-    kill_process(house.child_of(id).unwrap(), Signal::KILL).unwrap();
+    kill_process(child_of(id).unwrap(), Signal::KILL).unwrap();
     until_healing(&house, &database, id, 2).await;
-    let orphan = house.child_of(id).unwrap();
+    let orphan = child_of(id).unwrap();
     service.kill();
     // PostgreSQL lives on, the child does not.
     timeout(PATIENCE, async {
-        while test_kill_process(orphan).is_ok() && house.child_of(id).is_some() {
+        while test_kill_process(orphan).is_ok() && child_of(id).is_some() {
             sleep(Duration::from_millis(10)).await;
         }
     })
@@ -239,7 +239,7 @@ async fn a_service_that_is_told_to_stop_gives_its_job_back_and_goes_on_after_the
     until_healing(&house, &database, id, 1).await;
     database.close().await;
     service.stop();
-    assert!(house.child_of(id).is_none());
+    assert!(child_of(id).is_none());
     let pid_file = house.data.path().join("postgres/data/postmaster.pid");
     assert!(!pid_file.exists(), "the private PostgreSQL has stopped, too");
 

@@ -59,10 +59,10 @@ struct Shop {
 
 impl Shop {
     async fn open() -> Self {
-        Self::with(fresh().await, |_| {}).await
+        Self::with(fresh().await, |_| {})
     }
 
-    async fn with(database: Database, change: impl FnOnce(&mut Settings)) -> Self {
+    fn with(database: Database, change: impl FnOnce(&mut Settings)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("child.sh"), CHILD).unwrap();
         let mut settings = Settings::new(directory.path().join("data")).unwrap();
@@ -104,10 +104,10 @@ impl Shop {
         let wait = async {
             loop {
                 // The database may be away for a moment: some tests kill it.
-                if let Ok(Some(row)) = self.database.job(TENANT, id).await {
-                    if good(&row) {
-                        return row;
-                    }
+                if let Ok(Some(row)) = self.database.job(TENANT, id).await
+                    && good(&row)
+                {
+                    return row;
                 }
                 sleep(Duration::from_millis(20)).await;
             }
@@ -266,7 +266,7 @@ async fn a_paused_job_keeps_its_workspace_and_goes_on() {
 
 #[tokio::test]
 async fn a_child_that_does_not_stop_is_killed() {
-    let shop = Shop::with(fresh().await, |s| s.stop_grace = Duration::from_millis(200)).await;
+    let shop = Shop::with(fresh().await, |s| s.stop_grace = Duration::from_millis(200));
     let id = shop.submit("stubborn").await;
     shop.file(&shop.workspace(id).join("ready")).await;
     shop.database.job_cancel(TENANT, id).await.unwrap();
@@ -342,7 +342,7 @@ async fn a_job_survives_the_death_of_its_database() {
     let postgres = LocalPg::start(home.path()).unwrap();
     let database = Database::connect(postgres.options(), 10, Duration::from_secs(1)).await.unwrap();
     database.migrate().await.unwrap();
-    let shop = Shop::with(database, |_| {}).await;
+    let shop = Shop::with(database, |_| {});
     let id = shop.submit("slow").await;
     shop.file(&shop.workspace(id).join("ready")).await;
     rustix::process::kill_process(postgres.pid().unwrap(), rustix::process::Signal::KILL).unwrap();
@@ -370,8 +370,7 @@ async fn what_no_job_needs_is_swept() {
     let shop = Shop::with(database, |settings| {
         settings.data = directory.path().to_owned();
         fs::create_dir_all(directory.path().join("work").join(orphan.to_string())).unwrap();
-    })
-    .await;
+    });
     shop.gone(&shop.workspace(orphan)).await;
     shop.close().await;
 }

@@ -58,9 +58,9 @@ fn score(decoder: &Decoder, requests: &[Request], batch: &[usize]) -> Result<Vec
     let (mut rows, mut targets) = (Vec::new(), Vec::new());
     for (row, i) in batch.iter().enumerate() {
         let Request { tokens, from } = &requests[*i];
-        for at in *from..tokens.len() {
+        for (at, token) in tokens.iter().enumerate().skip(*from) {
             rows.push((row * width + at - 1) as u32);
-            targets.push((*i, tokens[at]));
+            targets.push((*i, *token));
         }
     }
     let x = decoder.forward(&pad(&inputs, decoder.compute())?)?.flatten_to(1)?;

@@ -20,7 +20,7 @@ impl Watch {
         match (self.fresh, peak) {
             (true, Some(_)) => {}
             (false, Some(_)) => {
-                cx.note("peak memory is that of the whole run: this system keeps the old peak")
+                cx.note("peak memory is that of the whole run: this system keeps the old peak");
             }
             (_, None) => cx.note("peak memory is not known on this system and shown as 0"),
         }

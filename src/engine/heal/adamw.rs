@@ -1,4 +1,4 @@
-//! AdamW (Loshchilov & Hutter, arXiv 1711.05101) with moments that can be saved.
+//! `AdamW` (Loshchilov & Hutter, arXiv 1711.05101) with moments that can be saved.
 
 use candle_core::{Tensor, Var};
 

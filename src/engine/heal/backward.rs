@@ -7,11 +7,11 @@
 
 use candle_core::{Tensor, Var};
 
+use crate::engine::eval::loglikelihood::{Request, likelihoods};
 use crate::engine::model::checkpoint::LINEARS;
 use crate::engine::model::layer::Layer;
 use crate::engine::model::lora::{Adapter, Dropout, stream_key};
 use crate::engine::model::{Config, Decoder, ops, pad};
-use crate::engine::eval::loglikelihood::{Request, likelihoods};
 use crate::engine::{Cx, Error, Result};
 use crate::job::preset::QloraSettings;
 

@@ -137,8 +137,7 @@ impl Checkpoint {
         let mut hash = Sha256::new();
         let named = ["config.json", "tokenizer.json"].map(|name| self.0.dir.join(name));
         for path in named.iter().filter(|p| p.exists()).chain(&self.0.files) {
-            let name = path.file_name().expect("a file has a name. This is a bug.");
-            hash.update(name.as_encoded_bytes());
+            hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
             hash.update([0]);
             let mut file = File::open(path)?;
             let mut buffer = vec![0; 1 << 20];

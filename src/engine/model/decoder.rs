@@ -30,7 +30,7 @@ pub struct Decoder {
 /// How a layer's weights are kept between uses.
 enum Stored {
     /// Ready to run.
-    Resident(Layer),
+    Resident(Box<Layer>),
     /// Packed to 4 or 8 bits.
     Packed(QuantizedLayer),
     /// In the mapped file only.
@@ -50,7 +50,11 @@ impl Decoder {
         let fits = !compute.device.is_cpu()
             || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE);
         Self::with_layers(checkpoint, compute, |index| {
-            Ok(if fits { Stored::Resident(Layer::load(checkpoint, index, compute)?) } else { Stored::OnDisk })
+            Ok(if fits {
+                Stored::Resident(Box::new(Layer::load(checkpoint, index, compute)?))
+            } else {
+                Stored::OnDisk
+            })
         })
     }
 
@@ -100,7 +104,7 @@ impl Decoder {
     /// Layer `index`, its weights ready to use. Dropping it frees them unless they are resident.
     pub fn layer(&self, index: usize) -> Result<Layer> {
         match &self.layers[index] {
-            Stored::Resident(layer) => Ok(layer.clone()),
+            Stored::Resident(layer) => Ok(Layer::clone(layer)),
             Stored::Packed(packed) => packed.unpack(&self.checkpoint, index, &self.compute),
             Stored::OnDisk => Layer::load(&self.checkpoint, index, &self.compute),
         }

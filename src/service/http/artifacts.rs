@@ -42,7 +42,7 @@ pub struct Artifact {
     #[schema(example = "healed/model.safetensors")]
     pub path: String,
     pub size_bytes: i64,
-    /// Hex. It is the file's ETag, too.
+    /// Hex. It is the file's `ETag`, too.
     pub sha256: String,
     /// Where to get it.
     pub url: String,
@@ -77,7 +77,7 @@ async fn list(
 /// One file, or a part of it.
 ///
 /// One range of bytes may be asked for (`bytes=0-99`, `bytes=100-`,
-/// `bytes=-100`); several at once are answered by the whole file. The ETag is
+/// `bytes=-100`); several at once are answered by the whole file. The `ETag` is
 /// the file's sha256, so `If-Range` resumes a broken download safely.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/artifacts/{*path}", operation_id = "get_artifact", tag = "results",

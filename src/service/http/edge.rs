@@ -35,7 +35,7 @@ pub async fn edge(request: Request, next: Next) -> Response {
     }
     let (status, took) = (response.status(), started.elapsed());
     span.in_scope(|| {
-        tracing::info!(status = status.as_u16(), duration_ms = took.as_millis() as u64, "answered")
+        tracing::info!(status = status.as_u16(), duration_ms = took.as_millis() as u64, "answered");
     });
     let labels = [("method", method.to_string()), ("route", route), ("status", status.as_u16().to_string())];
     metrics::counter!("secateur_http_requests_total", &labels).increment(1);

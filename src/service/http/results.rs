@@ -104,10 +104,10 @@ async fn metrics(
 fn gather(rows: Vec<EventRow>, since_step: u64) -> Vec<Series> {
     let mut series: BTreeMap<(Stage, String), Vec<Point>> = BTreeMap::new();
     for EventRow { at, body, .. } in rows {
-        if let Entry::Run(Event::Measured { stage, name, step, value }) = body {
-            if step >= since_step {
-                series.entry((stage, name)).or_default().push(Point { step, value, at });
-            }
+        if let Entry::Run(Event::Measured { stage, name, step, value }) = body
+            && step >= since_step
+        {
+            series.entry((stage, name)).or_default().push(Point { step, value, at });
         }
     }
     series.into_iter().map(|((stage, key), points)| Series { stage, key, points }).collect()

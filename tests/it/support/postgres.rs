@@ -97,6 +97,7 @@ fn is_alive(data: &Path) -> bool {
 }
 
 /// Stops the postmaster when the last test process is gone.
+#[allow(clippy::zombie_processes)] // It outlives us: that is its purpose.
 fn watch(home: &Path, pid: i32) {
     let stop = format!("kill -INT {pid}; while kill -0 {pid} 2>/dev/null; do sleep 0.1; done");
     Command::new("flock")
