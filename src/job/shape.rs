@@ -214,7 +214,7 @@ impl Walk<'_> {
         {
             return if value.is_null() {
             } else {
-                self.check(some, value, at)
+                self.check(some, value, at);
             };
         }
         let Value::Object(map) = value else {

@@ -48,6 +48,7 @@ pub async fn fresh_options() -> PgConnectOptions {
 }
 
 /// The same as a URL, for a process of its own.
+#[cfg(feature = "engine")]
 pub fn url(options: &PgConnectOptions) -> String {
     let socket = options.get_socket().unwrap().display().to_string();
     let database = options.get_database().unwrap();
