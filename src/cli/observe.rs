@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -32,6 +32,9 @@ impl Observer for JsonLines {
     }
 }
 
+/// Where there are no bars, a line of progress at most this often.
+const PLAIN_LINE_EVERY: Duration = Duration::from_secs(10);
+
 /// Progress bars on a terminal, plain lines elsewhere; all on stderr.
 pub struct Terminal {
     bars: bool,
@@ -42,8 +45,8 @@ pub struct Terminal {
 struct Shown {
     task: String,
     bar: Option<ProgressBar>,
-    /// Tenths of the task that a plain line has told.
-    tenths: u64,
+    /// When the last plain line told of progress.
+    told: Option<Instant>,
     /// The latest value of each series, for the end of the bar.
     loss: Option<f64>,
 }
@@ -57,7 +60,7 @@ impl Terminal {
         if shown.task != task {
             clear(shown);
             task.clone_into(&mut shown.task);
-            shown.tenths = 0;
+            shown.told = None;
             if self.bars {
                 shown.bar = Some(bar(stage, task, unit, total));
             }
@@ -69,23 +72,23 @@ impl Terminal {
             bar.set_message(loss);
             return;
         }
-        let tenths = (done * 10).checked_div(total).unwrap_or(10);
-        if tenths > shown.tenths {
-            shown.tenths = tenths;
-            say(
-                shown,
-                &format!("{stage:>8}  {task}: {} of {}{loss}", amount(done, unit), amount(total, unit)),
-            );
+        // The end of a task, and between two of its lines time enough to read them.
+        if done == total || shown.told.is_none_or(|t| t.elapsed() > PLAIN_LINE_EVERY) {
+            shown.told = Some(Instant::now());
+            let (stage, done) = (stage.name(), count(done, total, unit));
+            shown.say(&format!("{stage:>8}  {task}: {done}{loss}"));
         }
     }
 }
 
-fn say(shown: &Shown, text: &str) {
-    if let Some(bar) = &shown.bar {
-        bar.println(text);
-    } else {
-        // A closed stderr is no reason to end the work.
-        writeln!(std::io::stderr(), "{text}").ok();
+impl Shown {
+    fn say(&self, text: &str) {
+        if let Some(bar) = &self.bar {
+            bar.println(text);
+        } else {
+            // A closed stderr is no reason to end the work.
+            writeln!(std::io::stderr(), "{text}").ok();
+        }
     }
 }
 
@@ -105,12 +108,12 @@ impl Observer for Terminal {
             }
             Event::Noted { stage, message } => {
                 let stage = stage.map_or("", Stage::name);
-                say(shown, &format!("{stage:>8}  {message}"));
+                shown.say(&format!("{stage:>8}  {message}"));
             }
             Event::StageFinished { stage, reused, duration_ms, .. } => {
                 clear(shown);
                 let took = if reused { "as before".to_owned() } else { seconds(duration_ms) };
-                say(shown, &format!("{stage:>8}  done, {took}"));
+                shown.say(&format!("{:>8}  done, {took}", stage.name()));
             }
         }
     }
@@ -130,6 +133,7 @@ fn clear(shown: &mut Shown) {
 
 fn bar(stage: Stage, task: &str, unit: &str, total: u64) -> ProgressBar {
     let count = if unit == "bytes" { "{bytes}/{total_bytes}" } else { "{pos}/{len} {prefix}" };
+    let stage = stage.name();
     let template = format!("{stage:>8}  {task} {{wide_bar:.green}} {count}  {{eta}} left{{msg}}");
     let bar = ProgressBar::new(total);
     // Names of tasks are ours; one with braces would merely show a plain bar.
@@ -141,8 +145,12 @@ fn bar(stage: Stage, task: &str, unit: &str, total: u64) -> ProgressBar {
     bar
 }
 
-fn amount(count: u64, unit: &str) -> String {
-    if unit == "bytes" { format!("{:.1} MB", count as f64 / 1e6) } else { format!("{count} {unit}") }
+fn count(done: u64, total: u64, unit: &str) -> String {
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    match unit {
+        "bytes" => format!("{:.1} of {:.1} MB", megabytes(done), megabytes(total)),
+        unit => format!("{done} of {total} {unit}"),
+    }
 }
 
 fn seconds(duration_ms: u64) -> String {

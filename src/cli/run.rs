@@ -79,6 +79,8 @@ impl From<Failure> for Trouble {
     }
 }
 
+// Every command has this shape.
+#[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     process::keep_freed_memory();
     if let Some(threads) = args.threads {
@@ -133,7 +135,9 @@ fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
             let lines: Vec<String> = complaints.iter().map(ToString::to_string).collect();
             let failure = Failure { kind: FailureKind::Spec, stage: None, message: lines.join("; ") };
             observer.event(Event::Failed { failure });
-            lines.iter().for_each(|line| eprintln!("{line}"));
+            for line in &lines {
+                eprintln!("{line}");
+            }
             ExitCode::from(2)
         }
         Trouble::Failed(failure) => {
@@ -201,8 +205,11 @@ fn print_summary(report: &Report, workspace: &Path) {
     let first = rows.iter().map(|r| r.label.chars().count()).max().unwrap_or(0);
     let width = rows.iter().flat_map(|r| &r.cells).map(|c| cell(c).chars().count()).max().unwrap_or(0);
     let mut line = |label: &str, cells: &[String]| {
-        let cells: String = cells.iter().map(|c| format!("  {c:>width$}")).collect();
-        writeln!(out, "{label:<first$}{cells}").ok();
+        write!(out, "{label:<first$}").ok();
+        for cell in cells {
+            write!(out, "  {cell:>width$}").ok();
+        }
+        out.push('\n');
     };
     line("", &columns.iter().map(ToString::to_string).collect::<Vec<_>>());
     for row in &rows {

@@ -100,7 +100,7 @@ impl Workspace {
         cx.check()?;
         let input_digest = digest_of(&(ENGINE, stage, inputs))?;
         let record_path = self.dir.join(RECORDS).join(format!("{stage}-{}.json", &input_digest[..32]));
-        let found = self.find::<T>(&record_path, &input_digest).map_err(|e| e.at(stage))?;
+        let found = self.find::<T>(&record_path, &input_digest);
         let reused = found.is_some();
         let record = match found {
             Some(record) => record,
@@ -135,20 +135,13 @@ impl Workspace {
         remove(&self.dir.join(name))
     }
 
-    fn find<T: DeserializeOwned>(&self, path: &Path, input_digest: &str) -> Result<Option<Record<T>>> {
-        // A record that cannot be read, for whatever reason, is none.
-        let Ok(bytes) = fs::read(path) else { return Ok(None) };
-        let Ok(record) = serde_json::from_slice::<Record<T>>(&bytes) else { return Ok(None) };
-        if record.input_digest != input_digest {
-            return Ok(None);
-        }
-        for (name, digest) in &record.files {
-            match file_digest(&self.dir.join(name)) {
-                Ok(found) if found == *digest => {}
-                Ok(_) | Err(_) => return Ok(None),
-            }
-        }
-        Ok(Some(record))
+    /// A record that cannot be read or no longer holds, for whatever reason, is none.
+    fn find<T: DeserializeOwned>(&self, path: &Path, input_digest: &str) -> Option<Record<T>> {
+        let record: Record<T> = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+        let as_left = |(name, digest): (&String, &String)| {
+            file_digest(&self.dir.join(name)).is_ok_and(|found| found == *digest)
+        };
+        (record.input_digest == input_digest && record.files.iter().all(as_left)).then_some(record)
     }
 
     fn work<T: Serialize + DeserializeOwned>(

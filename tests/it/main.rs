@@ -18,6 +18,8 @@ mod bad_input;
 #[cfg(feature = "service")]
 mod db;
 mod examples;
+#[cfg(all(feature = "engine", feature = "hub"))]
+mod fetch;
 #[cfg(feature = "engine")]
 mod heal;
 #[cfg(feature = "engine")]

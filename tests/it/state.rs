@@ -58,10 +58,8 @@ fn expected(from: JobState, change: Change) -> Option<JobState> {
             Change::Fail { kind: FailureKind::Device | FailureKind::Storage, retries_left: true } => {
                 Some(Queued)
             }
-            Change::Fail { .. } => Some(Failed),
-            Change::Stopped { wish } => Some(by_wish(wish)),
-            Change::LeaseExpired { wish: None, crashes_left: false } => Some(Failed),
-            Change::LeaseExpired { wish, .. } => Some(by_wish(wish)),
+            Change::Fail { .. } | Change::LeaseExpired { wish: None, crashes_left: false } => Some(Failed),
+            Change::Stopped { wish } | Change::LeaseExpired { wish, .. } => Some(by_wish(wish)),
             Change::Claim | Change::Resume => None,
         },
     }

@@ -4,6 +4,7 @@ mod html;
 mod svg;
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 pub use html::page;
 
@@ -150,7 +151,8 @@ pub fn verdict(report: &Report) -> Vec<String> {
             value(&report.eval.pruned)
         );
         if let Some(healed) = &report.eval.healed {
-            text += &format!(" by the cut and to {:.2} by healing", value(healed));
+            write!(text, " by the cut and to {:.2} by healing", value(healed))
+                .expect("a text takes all. This is a bug.");
         }
         said.push(text + ".");
     }
