@@ -268,7 +268,6 @@ pub fn encode(name: &str, values: &[f32], to: Dtype) -> Result<Vec<u8>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
