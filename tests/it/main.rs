@@ -15,8 +15,12 @@ mod api_jobs;
 mod api_spec;
 #[cfg(feature = "engine")]
 mod bad_input;
+#[cfg(feature = "engine")]
+mod corpus;
 #[cfg(feature = "service")]
 mod db;
+#[cfg(feature = "engine")]
+mod eval;
 mod examples;
 #[cfg(all(feature = "engine", feature = "hub"))]
 mod fetch;
@@ -30,6 +34,8 @@ mod leases;
 mod local_pg;
 #[cfg(feature = "service")]
 mod openapi;
+#[cfg(feature = "engine")]
+mod parity;
 #[cfg(feature = "engine")]
 mod profile;
 #[cfg(feature = "engine")]
