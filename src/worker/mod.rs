@@ -82,8 +82,6 @@ pub enum StartError {
     DeviceTaken { device: String, at: PathBuf },
     #[error("{0}: {1}")]
     Io(PathBuf, std::io::Error),
-    #[error(transparent)]
-    Database(#[from] Error),
     #[error("a worker ended by itself: {0}")]
     Died(tokio::task::JoinError),
 }
@@ -110,7 +108,6 @@ pub async fn run(
             settings: settings.clone(),
             shutdown: shutdown.clone(),
         };
-        worker.announce().await?;
         tasks.spawn(async move {
             let _seat = seat;
             worker.serve().await;
@@ -155,6 +152,13 @@ impl Worker {
 
     async fn serve(&self) {
         let mut signals = self.database.signals();
+        while let Err(error) = self.announce().await {
+            tracing::warn!(device = self.device, %error, "the worker waits for the database");
+            self.rest(&mut signals).await;
+            if self.shutdown.drain.is_cancelled() {
+                return;
+            }
+        }
         tracing::info!(device = self.device, worker = %self.id, "worker is ready");
         while !self.shutdown.drain.is_cancelled() {
             match self.turn().await {
