@@ -39,6 +39,9 @@ const MAX_WIDTH: usize = 1 << 18;
 const MAX_VOCAB: usize = 1 << 23;
 const MAX_POSITIONS: usize = 1 << 26;
 
+/// transformers' `max_window_layers` of qwen2 when the config does not say.
+const DEFAULT_WINDOW_START: u64 = 28;
+
 /// Keys that hold one entry a layer.
 const PER_LAYER_LISTS: [&str; 2] = ["layer_types", "no_rope_layers"];
 
@@ -143,7 +146,9 @@ impl Config {
             *list = kept.iter().map(|l| list[*l].clone()).collect();
         }
         // Layers from this index on see a window: count how many below it stay.
-        if let Some(first) = raw.get("max_window_layers").and_then(Value::as_u64) {
+        let first = raw.get("max_window_layers").and_then(Value::as_u64);
+        let unsaid = self.windows.iter().any(Option::is_some).then_some(DEFAULT_WINDOW_START);
+        if let Some(first) = first.or(unsaid.filter(|_| raw.contains_key("use_sliding_window"))) {
             let below = kept.iter().filter(|l| (**l as u64) < first).count();
             raw.insert("max_window_layers".into(), below.into());
         }
@@ -172,7 +177,7 @@ fn windows(keys: &Keys, family: &Family, layer_count: usize) -> Result<Vec<Optio
     let upper_from = match family.window {
         Window::Full | Window::Every(_) => 0,
         Window::Upper if keys.0.get("use_sliding_window") == Some(&Value::Bool(true)) => {
-            keys.0.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28) as usize
+            keys.0.get("max_window_layers").and_then(Value::as_u64).unwrap_or(DEFAULT_WINDOW_START) as usize
         }
         Window::Upper => usize::MAX,
     };
