@@ -155,7 +155,7 @@ fn what_is_wrong_with_a_corpus_is_said_with_its_place_and_the_remedy() {
     desk.fails("mixed.jsonl", "{\"text\": \"a\"}\n{\"input_ids\": [1, 2]}\n", &["mixes"]);
     desk.fails("latin1.txt", b"caf\xe9 au lait", &["latin1.txt", "byte 3", "UTF-8"]);
     desk.fails("latin1.jsonl", b"{\"text\": \"caf\xe9\"}\n", &["line 1", "UTF-8"]);
-    desk.fails("cut.txt", "almost all of caf\u{e9}".as_bytes()[..18].to_vec(), &["UTF-8"]);
+    desk.fails("cut.txt", &"almost all of caf\u{e9}".as_bytes()[..18], &["UTF-8"]);
     desk.fails("not.parquet", "PAR1 but not really", &["not.parquet", "parquet"]);
     desk.fails("cut.txt.gz", [0x1f, 0x8b, 8, 0, 0, 0], &["cut.txt.gz", "cannot be read"]);
     let missing = Corpus::Path { path: "no/such/file.txt".into() };
