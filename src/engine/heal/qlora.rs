@@ -31,7 +31,7 @@ impl Windows {
         settings.steps as usize * settings.batch_size as usize + HELD_OUT_WINDOWS
     }
 
-    /// Keeps a tenth of the windows apart, at most [`HELD_OUT_WINDOWS`], at least one.
+    /// Keeps a tenth of the windows apart, at most 16, at least one.
     ///
     /// # Errors
     /// A data error when fewer than two windows are at hand.
