@@ -11,6 +11,7 @@
 //!  local_pg · store              profile · prune · heal/ · eval/ · report
 //!           ╲        fetch       select · model/ · data/ · distance · workspace
 //!            ╲         │         ╱
+//!                 checkpoint                   model directories as they describe themselves
 //!                     job                      the words everyone speaks (pure data)
 //! ```
 //!
@@ -19,6 +20,7 @@
 //! child's pipeline records every stage in its workspace and tells what happens
 //! as JSON lines; the worker commits artifacts and state under the lease's epoch.
 
+pub mod checkpoint;
 pub mod cli;
 #[cfg(feature = "engine")]
 pub mod engine;

@@ -8,8 +8,10 @@ use clap::{Parser, Subcommand};
 mod api;
 #[cfg(feature = "engine")]
 mod generate;
+mod inspect;
 #[cfg(feature = "service")]
 mod migrate;
+mod models;
 #[cfg(feature = "engine")]
 mod observe;
 #[cfg(feature = "service")]
@@ -18,6 +20,8 @@ mod openapi;
 mod options;
 #[cfg(feature = "engine")]
 mod process;
+#[cfg(feature = "engine")]
+mod prune;
 #[cfg(feature = "engine")]
 mod run;
 #[cfg(feature = "service")]
@@ -48,6 +52,13 @@ enum Command {
     /// Run one job here: no server, no database.
     #[cfg(feature = "engine")]
     Run(run::Args),
+    /// Leave layers out of a checkpoint: files only, nothing is measured.
+    #[cfg(feature = "engine")]
+    Prune(prune::Args),
+    /// Tell what a checkpoint is, and what leaving out layers would save.
+    Inspect(inspect::Args),
+    /// List the model families and what each supports.
+    Models(models::Args),
     /// Let a checkpoint write a few words.
     #[cfg(feature = "engine")]
     Generate(generate::Args),
@@ -70,6 +81,10 @@ pub fn main() -> ExitCode {
         Command::Worker(args) => worker::run(args),
         #[cfg(feature = "engine")]
         Command::Run(args) => run::run(args),
+        #[cfg(feature = "engine")]
+        Command::Prune(args) => prune::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Models(args) => models::run(args),
         #[cfg(feature = "engine")]
         Command::Generate(args) => generate::run(args),
         #[cfg(feature = "service")]

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::data::{self, Purpose, Wanted, items};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
-use super::prune::{PRUNED, prune};
+use super::prune::{Cut, PRUNED};
 use super::report::{Findings, page};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
@@ -86,8 +86,12 @@ impl Run<'_> {
             let all: Vec<String> = complaints.iter().map(ToString::to_string).collect();
             return Err(Error::spec(all.join("; ")));
         }
-        // Finds per-layer lists that do not fit, before hours are spent on the way to the cut.
-        self.base.config().without_layers(&[])?;
+        // Finds what cannot be cut before hours are spent on the way to the cut.
+        Cut::plan(self.base.index(), &[], None)?;
+        if self.base.config().remote_code() {
+            let cx = self.cx(Stage::Profile);
+            cx.note("config.json names code of the model's authors (auto_map); it is neither run nor copied");
+        }
         let spec = self.local;
         let heal =
             spec.heal.iter().map(|HealMethod::Qlora(q)| (&q.corpus, self.heal_seq_len(q), Purpose::Heal));
@@ -151,7 +155,7 @@ impl Run<'_> {
         let cx = self.cx(Stage::Prune);
         let dtype = self.local.export.dtype;
         workspace.once(cx, &(model_digest, &selection.dropped, dtype), |_| {
-            let pruned = prune(self.base, &selection.dropped, dtype, workspace, cx)?;
+            let pruned = Cut::plan(self.base.index(), &selection.dropped, dtype)?.write(workspace, cx)?;
             Ok((pruned, vec![PRUNED.to_owned()]))
         })
     }

@@ -3,11 +3,11 @@
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
-use safetensors::Dtype;
 
 use super::distance::{Gram, Mean};
 use super::model::{Checkpoint, Decoder, pad};
 use super::{Cx, Error, Result};
+use crate::checkpoint::Dtype;
 use crate::job::report::LayerProfile;
 use crate::job::spec::{CalibrationSpec, Distance, TokenPosition};
 
@@ -277,7 +277,7 @@ fn all_finite(dtype: Dtype, bytes: &[u8]) -> bool {
         bytes.chunks_exact(2).all(|b| u16::from_le_bytes([b[0], b[1]]) & exponent != exponent)
     };
     match dtype {
-        Dtype::BF16 => halves(0x7f80),
+        Dtype::Bf16 => halves(0x7f80),
         Dtype::F16 => halves(0x7c00),
         Dtype::F32 => bytes.chunks_exact(4).all(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
         // Nothing else is computed with; opening the decoder says so.

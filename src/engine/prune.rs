@@ -1,87 +1,63 @@
 //! Dropping layers from a checkpoint: files only, no device, no forward pass.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use super::export::safetensors::{Draft, Planned, convert, note_dtype, written_dtype};
-use super::model::Checkpoint;
+use super::export::safetensors::{Content, Draft, Planned, encode, note_dtype, written_dtype};
+use super::model::checkpoint::widen_stored;
 use super::workspace::Workspace;
-use super::{Cx, Error, Result};
+use super::{Cx, Result};
+use crate::checkpoint::Index;
 use crate::job::report::CheckpointRef;
 use crate::job::spec::WeightType;
 
 /// Name of the pruned checkpoint in a workspace.
 pub const PRUNED: &str = "pruned";
 
-/// Writes `base` without the layers `dropped` to `pruned/`. What stays keeps its bytes, unless
-/// another type is asked for.
-///
-/// # Errors
-/// A model error, before any byte is written, when a tensor or config key speaks of
-/// layers in a way that is not known.
-pub fn prune(
-    base: &Checkpoint,
-    dropped: &[u32],
-    dtype: Option<WeightType>,
-    workspace: &Workspace,
-    cx: Cx,
-) -> Result<CheckpointRef> {
-    let mut config = base.config().without_layers(dropped)?;
-    note_dtype(&mut config, dtype);
-    // New name to old name.
-    let mut sources = BTreeMap::new();
-    for name in base.names() {
-        if let Some(new) = renamed(name, dropped)? {
-            sources.insert(new, name);
+/// A checkpoint without some of its layers. What stays keeps its bytes, unless another type is asked for.
+pub struct Cut<'a> {
+    base: &'a Index,
+    /// New name to old name.
+    sources: BTreeMap<String, String>,
+    draft: Draft<'a>,
+}
+
+impl<'a> Cut<'a> {
+    /// Plans to leave the layers `dropped` out of `base`.
+    ///
+    /// # Errors
+    /// A model error, before any byte is written, when a tensor or config key speaks of
+    /// layers in a way that is not known.
+    pub fn plan(base: &'a Index, dropped: &[u32], dtype: Option<WeightType>) -> Result<Self> {
+        let mut config = base.config.without_layers(dropped)?;
+        note_dtype(&mut config, dtype);
+        let (mut sources, mut tensors) = (BTreeMap::new(), Vec::new());
+        for (old, info) in &base.tensors {
+            let Some(new) = base.config.renamed(old, dropped)? else { continue };
+            let dtype = written_dtype(info.dtype, dtype);
+            tensors.push(Planned { name: new.clone(), dtype, shape: info.shape.clone() });
+            sources.insert(new, old.clone());
         }
+        Ok(Self { base, sources, draft: Draft { config, companions: &base.dir, tensors } })
     }
-    let tensors = sources.iter().map(|(new, old)| {
-        let info = base.info(old).ok_or_else(|| Error::bug(format!("tensor {old} is gone")))?;
-        Ok(Planned { name: new.clone(), dtype: written_dtype(info.dtype, dtype), shape: info.shape.clone() })
-    });
-    let draft = Draft { config, companions: base.dir(), tensors: tensors.collect::<Result<_>>()? };
-    draft.write(workspace, PRUNED, cx, |tensor| -> Result<Cow<[u8]>> {
-        let old = sources[&tensor.name];
-        let stored = base.info(old).map_or(tensor.dtype, |info| info.dtype);
-        convert(old, base.bytes(old)?, stored, tensor.dtype)
-    })
+
+    /// Writes it to `pruned/` in the workspace, whole or not at all.
+    pub fn write(self, workspace: &Workspace, cx: Cx) -> Result<CheckpointRef> {
+        let Self { base, sources, draft } = self;
+        draft.write(workspace, PRUNED, cx, |tensor| content(base, &sources, tensor))
+    }
+
+    /// Writes it into the empty directory `dir`.
+    pub fn write_to(self, dir: &Path, cx: Cx) -> Result<CheckpointRef> {
+        let Self { base, sources, draft } = self;
+        draft.write_to(dir, cx, |tensor| content(base, &sources, tensor))
+    }
 }
 
-/// The name of a tensor when the layers `dropped` are gone; none when it goes with them.
-fn renamed(name: &str, dropped: &[u32]) -> Result<Option<String>> {
-    const LAYERS: &str = "model.layers.";
-    if let Some((layer, rest)) = name.strip_prefix(LAYERS).and_then(|rest| rest.split_once('.'))
-        && let Ok(layer) = layer.parse::<u32>()
-    {
-        let before = dropped.iter().filter(|d| **d < layer).count() as u32;
-        return Ok((!dropped.contains(&layer)).then(|| format!("{LAYERS}{}.{rest}", layer - before)));
+fn content(base: &Index, sources: &BTreeMap<String, String>, tensor: &Planned) -> Result<Content> {
+    let old = &sources[&tensor.name];
+    if base.tensors.get(old).is_some_and(|info| info.dtype == tensor.dtype) {
+        return Content::of(base, old);
     }
-    if name.split('.').any(|part| part.parse::<u32>().is_ok()) {
-        return Err(Error::model(format!(
-            "tensor {name} seems to belong to a layer, but not to one of {LAYERS}N; \
-             dropping layers around it could break the checkpoint"
-        )));
-    }
-    Ok(Some(name.to_owned()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layers_behind_the_cut_move_up_and_the_rest_stays() {
-        let new = |name| renamed(name, &[1, 2, 5]).unwrap();
-        assert_eq!(new("model.layers.0.mlp.up_proj.weight").unwrap(), "model.layers.0.mlp.up_proj.weight");
-        assert_eq!(new("model.layers.1.mlp.up_proj.weight"), None);
-        assert_eq!(new("model.layers.3.mlp.up_proj.weight").unwrap(), "model.layers.1.mlp.up_proj.weight");
-        assert_eq!(new("model.layers.10.x").unwrap(), "model.layers.7.x");
-        assert_eq!(new("model.norm.weight").unwrap(), "model.norm.weight");
-    }
-
-    #[test]
-    fn a_layer_by_another_name_is_refused_by_its_name() {
-        let error = renamed("model.vision.blocks.3.weight", &[1]).unwrap_err();
-        assert!(error.to_string().contains("model.vision.blocks.3.weight"));
-    }
+    Ok(Content::Made(encode(old, &widen_stored(base, old)?, tensor.dtype)?))
 }

@@ -16,6 +16,8 @@ pub struct ModelFacts {
     pub layer_count: u32,
     pub vocab_size: u32,
     pub max_position_embeddings: u32,
+    /// Has layers with experts, which carry no adapters.
+    pub experts: bool,
 }
 
 /// QLoRA with nothing left open: what a heal stage really runs.
@@ -52,10 +54,7 @@ impl QloraSpec {
             // The paper sets alpha = rank (appendix A.1); so does the review by silence.
             alpha: self.alpha.unwrap_or(f64::from(rank)),
             dropout: self.dropout.unwrap_or(0.05),
-            targets: self
-                .targets
-                .clone()
-                .unwrap_or_else(|| ["gate_proj", "up_proj", "down_proj"].map(String::from).to_vec()),
+            targets: self.targets.clone().unwrap_or_else(|| targets(facts)),
             bits: self.bits,
             learning_rate: self.learning_rate.unwrap_or(d.learning_rate),
             schedule: self.schedule,
@@ -68,6 +67,16 @@ impl QloraSpec {
             checkpoint_every: self.checkpoint_every.unwrap_or(50),
         }
     }
+}
+
+/// The MLP (arXiv 2403.17887, appendix A.1); attention where experts take its place.
+fn targets(facts: &ModelFacts) -> Vec<String> {
+    let names: &[&str] = if facts.experts {
+        &["q_proj", "k_proj", "v_proj", "o_proj"]
+    } else {
+        &["gate_proj", "up_proj", "down_proj"]
+    };
+    names.iter().map(ToString::to_string).collect()
 }
 
 struct Defaults {

@@ -84,7 +84,7 @@ pub struct LayerSelection {
 pub struct CheckpointRef {
     /// Directory, relative to the workspace.
     pub path: String,
-    /// sha256 over names and contents of the weight and config files.
+    /// BLAKE3 over config, tokenizer and every tensor by its name.
     pub digest: String,
     pub layer_count: u32,
     /// Bytes of the weight files.
@@ -195,7 +195,7 @@ pub struct StageSummary {
 pub struct Report {
     pub secateur_version: String,
     pub spec: JobSpec,
-    /// Base model: sha256 over its files.
+    /// Base model: BLAKE3 over config, tokenizer and every tensor by its name.
     pub model_digest: String,
     pub profile: LayerProfile,
     pub selection: LayerSelection,

@@ -190,3 +190,12 @@ async fn strange_but_harmless_requests_do_not_confuse_the_service() {
     let upper = app.get(&format!("/v1/jobs/{}", id.to_string().to_uppercase())).send().await.unwrap();
     assert_eq!(upper.status(), 200);
 }
+
+#[tokio::test]
+async fn the_families_of_models_are_listed_with_what_each_supports() {
+    let app = App::start().await;
+    let models = app.json("/v1/models").await;
+    let llama = models["data"].as_array().unwrap().iter().find(|m| m["model_type"] == "llama").unwrap();
+    assert_eq!((&llama["heal"], &llama["experts"]), (&json!(true), &json!(false)), "{llama}");
+    assert!(llama["heal_targets"].as_array().unwrap().contains(&json!("q_proj")), "{llama}");
+}

@@ -5,7 +5,8 @@ use std::os::unix::fs::symlink;
 
 use serde_json::{Value, json};
 
-use crate::support::app::{App, pointers, problem, write_checkpoint, write_safetensors};
+use crate::support::app::{App, checkpoint, pointers, problem};
+use crate::support::tiny::Tiny;
 
 /// Posts a spec that must be refused as a whole, and gives the problem.
 async fn refused(app: &App, spec: &Value) -> Value {
@@ -69,7 +70,7 @@ async fn nothing_outside_the_roots_is_read_or_told_of() {
     let app = App::start().await;
     let mut spec = app.spec(6);
     let outside = app.outside();
-    write_checkpoint(&outside.join("there"), 6);
+    checkpoint(6).write(outside.join("there"));
     fs::write(outside.join("words.txt"), "words").unwrap();
     let root = app.root();
     symlink(&outside, root.join("link")).unwrap();
@@ -168,36 +169,40 @@ async fn checkpoints_that_cannot_be_right_are_refused_with_the_remedy() {
     let refused = async |hint: &str| refused_for(&app, &spec, "/model/path", hint).await;
 
     fs::write(&weights, &good[..good.len() - 1]).unwrap();
-    refused("truncated").await;
+    refused("cut short").await;
     fs::write(&weights, &good[..20]).unwrap();
-    refused("truncated").await;
+    refused("cut short").await;
     fs::write(&weights, [&good[..], b"more"].concat()).unwrap();
     refused("its header describes").await;
     fs::write(&weights, b"").unwrap();
-    refused("not a safetensors file").await;
+    refused("cut short").await;
     fs::write(&weights, b"PK\x03\x04 this is a zip of pickles").unwrap();
+    refused("is a pickle, not safetensors").await;
+    fs::write(&weights, b"{} these are no weights at all").unwrap();
     refused("not a safetensors file").await;
     fs::write(&weights, &good).unwrap();
 
     for (from, to, hint) in [
-        ("\"num_hidden_layers\":6", "\"num_hidden_layers\":7", "says 7 layers, but the weights hold 6"),
-        ("\"num_hidden_layers\":6", "\"num_hidden_layers\":4000000000", "num_hidden_layers"),
-        ("\"num_hidden_layers\":6", "\"layers\":6", "num_hidden_layers"),
-        ("\"hidden_size\":4", "\"hidden_size\":4096", "the embedding has shape [8,4]"),
-        ("{", "", "is not JSON"),
+        ("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 7", "tensor model.layers.6."),
+        ("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 5", "beyond the 5"),
+        ("\"num_hidden_layers\": 6", "\"num_hidden_layers\": 4000000000", "num_hidden_layers"),
+        ("\"num_hidden_layers\": 6", "\"layers\": 6", "num_hidden_layers"),
+        ("\"hidden_size\": 8", "\"hidden_size\": 4096", "has shape [257, 8]"),
+        ("\"model_type\": \"llama\"", "\"model_type\": \"mamba\"", "mamba"),
+        ("{", "", "is not a JSON object"),
     ] {
         assert!(config.contains(from));
         fs::write(model.join("config.json"), config.replacen(from, to, 1)).unwrap();
         refused(hint).await;
     }
-    fs::write(model.join("config.json"), vec![b' '; 2 << 20]).unwrap();
+    fs::write(model.join("config.json"), vec![b' '; 65 << 20]).unwrap();
     refused("larger than").await;
     fs::remove_file(model.join("config.json")).unwrap();
-    refused("has no config.json").await;
+    refused("config.json: is not there").await;
     fs::write(model.join("config.json"), &config).unwrap();
 
     fs::remove_file(&weights).unwrap();
-    refused("has no model.safetensors").await;
+    refused("neither model.safetensors").await;
     fs::write(model.join("pytorch_model.bin"), b"\x80\x04pickle").unwrap();
     refused("pickle (pytorch_model.bin)").await;
 }
@@ -208,20 +213,29 @@ async fn shards_are_checked_through_their_index() {
     let spec = app.spec(2);
     let model = app.root().join("model");
     fs::remove_file(model.join("model.safetensors")).unwrap();
-    let tensor = |l: u32| (format!("model.layers.{l}.input_layernorm.weight"), vec![4]);
-    write_safetensors(&model.join("a.safetensors"), &[tensor(0)]);
-    let index = |second: &str| json!({"weight_map": {"x": "a.safetensors", "y": second}}).to_string();
+    Tiny { shards: 2, ..checkpoint(2) }.write(&model);
     let index_file = model.join("model.safetensors.index.json");
+    let index = fs::read_to_string(&index_file).unwrap();
+    let second = "model-00002-of-00002.safetensors";
 
-    fs::write(&index_file, index("b.safetensors")).unwrap();
-    refused_for(&app, &spec, "/model/path", "b.safetensors is named by the index but missing").await;
-    fs::write(&index_file, index("../../outside/b.safetensors")).unwrap();
-    refused_for(&app, &spec, "/model/path", "of the same directory").await;
+    fs::write(&index_file, index.replace(second, "b.safetensors")).unwrap();
+    refused_for(&app, &spec, "/model/path", "b.safetensors: is named by the index, but not there").await;
+    fs::write(&index_file, index.replace(second, "../../outside/b.safetensors")).unwrap();
+    refused_for(&app, &spec, "/model/path", "in the same directory").await;
     fs::write(&index_file, "{}").unwrap();
-    refused_for(&app, &spec, "/model/path", "no `weight_map`").await;
+    refused_for(&app, &spec, "/model/path", "no weight_map").await;
+    fs::write(&index_file, &index).unwrap();
+    fs::copy(model.join("model-00001-of-00002.safetensors"), model.join(second)).unwrap();
+    refused_for(&app, &spec, "/model/path", "in two weight files").await;
 
-    fs::write(&index_file, index("b.safetensors")).unwrap();
-    write_safetensors(&model.join("b.safetensors"), &[tensor(1)]);
+    let outside = app.outside().join("shard");
+    Tiny { shards: 2, ..checkpoint(2) }.write(&model);
+    fs::rename(model.join(second), &outside).unwrap();
+    symlink(&outside, model.join(second)).unwrap();
+    refused_for(&app, &spec, "/model/path", "link out of the allowed directories").await;
+
+    fs::remove_file(model.join(second)).unwrap();
+    fs::rename(&outside, model.join(second)).unwrap();
     let mut fine = spec;
     fine["prune"] = json!({"amount": {"layers": 1}});
     assert_eq!(app.post("/v1/jobs").json(&fine).send().await.unwrap().status(), 201);

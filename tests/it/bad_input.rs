@@ -99,7 +99,7 @@ fn a_pickle_under_its_own_name_or_a_false_one() {
     let weights = bench.path("model/model.safetensors");
     fs::remove_file(&weights).unwrap();
     fs::write(bench.path("model/pytorch_model.bin"), b"\x80\x02}q\x00.").unwrap();
-    refused(&bench, &bench.spec(), 1, &["pickled", "convert them to safetensors"]);
+    refused(&bench, &bench.spec(), 1, &["pickle (pytorch_model.bin)", "convert it"]);
     for pickle in [&b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."[..], b"PK\x03\x04data.pkl"] {
         fs::write(&weights, pickle).unwrap();
         refused(&bench, &bench.spec(), 1, &["model.safetensors", "is a pickle"]);

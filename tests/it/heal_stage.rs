@@ -9,7 +9,7 @@ use secateur::engine::heal::{WindowsOf, Wound, heal};
 use secateur::engine::model::generate::continue_text;
 use secateur::engine::model::lora::Adapter;
 use secateur::engine::model::{Checkpoint, Compute, Decoder, pad};
-use secateur::engine::prune::prune;
+use secateur::engine::prune::Cut;
 use secateur::engine::workspace::Workspace;
 use secateur::engine::{Cx, Result};
 use secateur::job::progress::{Silent, Stage};
@@ -50,7 +50,7 @@ fn healed_on(dir: &Path, qlora: Value, windows: WindowsOf) -> (Vec<HealReport>, 
     let workspace = Workspace::open(&dir.join("workspace")).unwrap();
     let compute = compute();
     let cx = Cx { stage: Stage::Heal, compute: &compute, observer: &Silent };
-    let pruned = prune(&base, &[2, 3], None, &workspace, cx).unwrap();
+    let pruned = Cut::plan(base.index(), &[2, 3], None).unwrap().write(&workspace, cx).unwrap();
     let wound = Wound { spec: &spec, base: base.config().facts(), dropped: 2, pruned: &pruned };
     heal(&wound, windows, &workspace, &dir.join("scratch"), cx).unwrap()
 }
@@ -79,14 +79,14 @@ fn the_merged_checkpoint_computes_what_pruned_and_adapter_compute_together() {
     let pass = plain.pass(0, 20).unwrap();
     let mut x = plain.embed(&tokens).unwrap();
     for layer in 0..pruned.config().layer_count {
-        let adapter = |i: usize| {
-            let name = ["gate_proj", "up_proj", "down_proj"].get(i.checked_sub(4)?)?;
+        let adapter = |(i, name): (usize, &str)| {
             let part = |ab: &str| {
                 saved[&format!("base_model.model.model.layers.{layer}.mlp.{name}.lora_{ab}.weight")].clone()
             };
-            Some(Adapter { a: part("A"), b: part("B"), scale, dropout: None })
+            (i, Adapter { a: part("A"), b: part("B"), scale, dropout: None })
         };
-        let adapted = plain.layer(layer).unwrap().with_adapters(&std::array::from_fn(adapter));
+        let targets = [(4, "gate_proj"), (5, "up_proj"), (6, "down_proj")];
+        let adapted = plain.layer(layer).unwrap().with_adapters(targets.map(adapter));
         x = adapted.forward(&x, &pass, None).unwrap();
     }
     let difference = |a: &Tensor, b: &Tensor| -> f32 {

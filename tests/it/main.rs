@@ -1,20 +1,22 @@
 //! One binary that mirrors the surface; tests are named as sentences.
 #![allow(clippy::unwrap_used)]
 
-#[cfg(feature = "service")]
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_artifacts;
-#[cfg(feature = "service")]
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_auth;
-#[cfg(feature = "service")]
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_events;
-#[cfg(feature = "service")]
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_http;
-#[cfg(feature = "service")]
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_jobs;
-#[cfg(feature = "service")]
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_spec;
 #[cfg(feature = "engine")]
 mod bad_input;
+#[cfg(feature = "engine")]
+mod checkpoint;
 #[cfg(feature = "engine")]
 mod corpus;
 #[cfg(feature = "service")]

@@ -76,6 +76,7 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
         layer_count: 30,
         vocab_size: 49_152,
         max_position_embeddings: 8192,
+        experts: false,
     };
     let checkpoint = |path: &str| CheckpointRef {
         path: path.into(),

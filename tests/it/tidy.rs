@@ -8,20 +8,21 @@ use std::path::{Path, PathBuf};
 
 /// A room and what it may import of ours; the longest matching room counts.
 /// Itself it may always import. A name stands for all that lies below it.
-const ROOMS: [(&str, &[&str]); 13] = [
+const ROOMS: [(&str, &[&str]); 14] = [
     ("job", &[]),
+    ("checkpoint", &["job"]),
     ("fetch", &["job"]),
-    ("engine", &["job", "engine"]),
+    ("engine", &["job", "checkpoint", "engine"]),
     ("engine::select", &["job", "engine::Error", "engine::Result"]),
-    ("engine::model", &["job", "engine::Error", "engine::Result", "engine::Cx"]),
+    ("engine::model", &["job", "checkpoint", "engine::Error", "engine::Result", "engine::Cx"]),
     ("engine::model::kernel", &[]),
     ("service", &["job"]),
     ("service::db", &["job"]),
-    ("service::http", &["job", "service::db", "service::store"]),
+    ("service::http", &["job", "checkpoint", "service::db", "service::store"]),
     ("service::local_pg", &[]),
     ("service::store", &["job"]),
     ("worker", &["job", "fetch", "service"]),
-    ("cli", &["job", "fetch", "engine", "service", "worker"]),
+    ("cli", &["job", "checkpoint", "fetch", "engine", "service", "worker"]),
 ];
 
 /// Crates that only some rooms may use.

@@ -1,16 +1,20 @@
 //! Writing a Hugging Face checkpoint: tensors flow from their source to disk one
 //! at a time, and the result is opened again before it counts.
 
-use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
-use safetensors::Dtype;
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::engine::model::Checkpoint;
+use crate::checkpoint::{Dtype, Index};
+use crate::engine::model::checkpoint::{TensorSum, content_digest, read_chunks};
+use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::workspace::{Workspace, at, write_json};
 use crate::engine::{Cx, Error, Result};
 use crate::job::report::CheckpointRef;
@@ -29,7 +33,32 @@ pub struct Planned {
 
 impl Planned {
     fn size_bytes(&self) -> u64 {
-        self.shape.iter().product::<usize>() as u64 * self.dtype.bitsize() as u64 / 8
+        self.shape.iter().product::<usize>() as u64 * self.dtype.bits() / 8
+    }
+}
+
+/// The bytes of a tensor to be written.
+pub enum Content {
+    /// Those of another file, as they are.
+    Stored {
+        path: PathBuf,
+        range: Range<u64>,
+    },
+    Made(Vec<u8>),
+}
+
+impl Content {
+    /// The stored bytes of tensor `name`.
+    pub fn of(index: &Index, name: &str) -> Result<Self> {
+        let info = index.tensors.get(name).ok_or_else(|| Error::bug(format!("tensor {name} is gone")))?;
+        Ok(Self::Stored { path: index.files[info.file].clone(), range: info.range.clone() })
+    }
+
+    fn size_bytes(&self) -> u64 {
+        match self {
+            Self::Stored { range, .. } => range.end - range.start,
+            Self::Made(bytes) => bytes.len() as u64,
+        }
     }
 }
 
@@ -43,34 +72,66 @@ pub struct Draft<'a> {
 
 impl Draft<'_> {
     /// Writes the checkpoint to `name` in the workspace, whole or not at all: built beside, opened
-    /// again with every check, then put in place. `bytes` gives each planned tensor's content.
-    pub fn write<'b>(
-        mut self,
+    /// again with every check, run once, then put in place. `content` gives each planned tensor's bytes.
+    pub fn write(
+        self,
         workspace: &Workspace,
         name: &str,
         cx: Cx,
-        bytes: impl FnMut(&Planned) -> Result<Cow<'b, [u8]>>,
+        content: impl Fn(&Planned) -> Result<Content> + Sync,
     ) -> Result<CheckpointRef> {
         let dir = workspace.part(name)?;
-        // The reference writer's order: by width, so that everything is aligned, then by name.
-        self.tensors
-            .sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
-        copy_companions(self.companions, &dir)?;
-        write_json(&dir.join("config.json"), &self.config)?;
-        write_shards(&dir, &self.tensors, MAX_SHARD_BYTES, cx, bytes)?;
-        let reference = {
-            let written =
-                Checkpoint::open(&dir).map_err(|e| Error::bug(format!("reading {name} back: {e}")))?;
-            CheckpointRef {
-                path: name.to_owned(),
-                digest: written.digest()?,
-                layer_count: written.config().layer_count as u32,
-                size_bytes: written.size_bytes(),
-                parameters: written.parameters(),
-            }
-        };
+        let written = self.write_to(&dir, cx, content)?;
+        let checkpoint =
+            Checkpoint::open(&dir).map_err(|e| Error::bug(format!("reading {name} back: {e}")))?;
+        if Decoder::fits(&checkpoint, cx.compute) {
+            Decoder::open(&checkpoint, cx.compute)?.prove(name)?;
+        } else {
+            cx.note(format!("{name} does not fit in memory, so no token was sent through it"));
+        }
         workspace.publish(&dir, name)?;
-        Ok(reference)
+        Ok(CheckpointRef { path: name.to_owned(), ..written })
+    }
+
+    /// Writes the checkpoint into the empty directory `dir`, and opens it again with every check.
+    pub fn write_to(
+        mut self,
+        dir: &Path,
+        cx: Cx,
+        content: impl Fn(&Planned) -> Result<Content> + Sync,
+    ) -> Result<CheckpointRef> {
+        // The reference writer's order: by width, so that everything is aligned, then by name.
+        self.tensors.sort_by(|a, b| b.dtype.bits().cmp(&a.dtype.bits()).then_with(|| a.name.cmp(&b.name)));
+        copy_companions(self.companions, dir)?;
+        write_json(&dir.join("config.json"), &self.config)?;
+        let sums = write_shards(dir, &self.tensors, MAX_SHARD_BYTES, cx, &content)?;
+        let written =
+            Index::read(dir).map_err(|e| Error::bug(format!("reading back what was written: {e}")))?;
+        self.check(&written)?;
+        Ok(CheckpointRef {
+            path: dir.display().to_string(),
+            digest: content_digest(dir, &sums)?,
+            layer_count: written.config.layer_count as u32,
+            size_bytes: written.size_bytes(),
+            parameters: written.parameters(),
+        })
+    }
+
+    /// Every planned tensor must be there as planned, and no other.
+    fn check(&self, written: &Index) -> Result<()> {
+        let as_planned = |tensor: &&Planned| {
+            written
+                .tensors
+                .get(&tensor.name)
+                .is_none_or(|i| i.dtype != tensor.dtype || i.shape != tensor.shape)
+        };
+        match self.tensors.iter().find(as_planned) {
+            None if written.tensors.len() == self.tensors.len() => Ok(()),
+            None => Err(Error::bug("the written checkpoint holds more tensors than were planned")),
+            Some(tensor) => {
+                Err(Error::bug(format!("tensor {} is not as planned in what was written", tensor.name)))
+            }
+        }
     }
 }
 
@@ -108,39 +169,38 @@ fn is_text(name: &str) -> bool {
     extension.is_none_or(|e| matches!(e.to_ascii_lowercase().as_str(), "txt" | "md"))
 }
 
-/// One `model.safetensors` when everything fits, else shards and their index.
-fn write_shards<'b>(
+/// One `model.safetensors` when everything fits, else shards and their index. Tensors are written side by
+/// side, each hashed on its way; gives their sums.
+fn write_shards(
     dir: &Path,
     tensors: &[Planned],
     max_shard_bytes: u64,
     cx: Cx,
-    mut bytes: impl FnMut(&Planned) -> Result<Cow<'b, [u8]>>,
-) -> Result<()> {
+    content: &(impl Fn(&Planned) -> Result<Content> + Sync),
+) -> Result<BTreeMap<String, TensorSum>> {
     let total: u64 = tensors.iter().map(Planned::size_bytes).sum();
     let shards = shards(tensors, max_shard_bytes);
-    let mut weight_map = Map::new();
-    let mut done = 0;
+    let mut weight_map = BTreeMap::new();
+    let done = AtomicU64::new(0);
+    let mut sums = BTreeMap::new();
     for (i, shard) in shards.iter().enumerate() {
         let name = match shards.len() {
             1 => "model.safetensors".to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
         };
-        weight_map.extend(shard.iter().map(|t| (t.name.clone(), json!(name))));
-        write_file(&dir.join(&name), shard, |tensor| {
-            let content = bytes(tensor)?;
-            if content.len() as u64 != tensor.size_bytes() {
-                return Err(Error::bug(format!("{} bytes for tensor {}", content.len(), tensor.name)));
-            }
-            done += content.len() as u64;
-            cx.advanced("writing weights", done, total, "bytes")?;
+        weight_map.extend(shard.iter().map(|t| (t.name.clone(), name.clone())));
+        sums.extend(write_file(&dir.join(&name), shard, |tensor| {
+            let content = content(tensor)?;
+            let before = done.fetch_add(tensor.size_bytes(), Ordering::Relaxed);
+            cx.advanced("writing weights", before + tensor.size_bytes(), total, "bytes")?;
             Ok(content)
-        })?;
+        })?);
     }
     if shards.len() > 1 {
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
         write_json(&dir.join("model.safetensors.index.json"), &index)?;
     }
-    Ok(())
+    Ok(sums)
 }
 
 /// Cuts the row of tensors where a file would grow too large.
@@ -159,36 +219,70 @@ fn shards(tensors: &[Planned], max_bytes: u64) -> Vec<&[Planned]> {
 }
 
 /// The safetensors format: length of the header, header, then the bytes of all tensors in a row.
-fn write_file<'b>(
+fn write_file(
     path: &Path,
     tensors: &[Planned],
-    mut bytes: impl FnMut(&Planned) -> Result<Cow<'b, [u8]>>,
-) -> Result<()> {
+    content: impl Fn(&Planned) -> Result<Content> + Sync,
+) -> Result<Vec<(String, TensorSum)>> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut places = Vec::with_capacity(tensors.len());
     let mut offset = 0;
     for tensor in tensors {
         let end = offset + tensor.size_bytes();
-        let entry = json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]});
+        let entry =
+            json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [offset, end]});
         header.insert(tensor.name.clone(), entry);
+        places.push(offset);
         offset = end;
     }
     let mut header = serde_json::to_vec(&header).map_err(Error::bug)?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(path).map_err(at(path))?);
-    file.write_all(&(header.len() as u64).to_le_bytes()).map_err(at(path))?;
-    file.write_all(&header).map_err(at(path))?;
-    for tensor in tensors {
-        file.write_all(&bytes(tensor)?).map_err(at(path))?;
+    let data = 8 + header.len() as u64;
+    let file = File::create(path).map_err(at(path))?;
+    file.set_len(data + offset).map_err(at(path))?;
+    file.write_all_at(&(header.len() as u64).to_le_bytes(), 0).map_err(at(path))?;
+    file.write_all_at(&header, 8).map_err(at(path))?;
+    let write = |(tensor, place): (&Planned, &u64)| {
+        let content = content(tensor)?;
+        if content.size_bytes() != tensor.size_bytes() {
+            return Err(Error::bug(format!("{} bytes for tensor {}", content.size_bytes(), tensor.name)));
+        }
+        let hash = write_tensor(path, &file, data + place, content)?;
+        Ok((tensor.name.clone(), TensorSum { dtype: tensor.dtype, shape: tensor.shape.clone(), hash }))
+    };
+    tensors.par_iter().zip(&places).map(write).collect()
+}
+
+/// Writes a tensor to its place and hashes it. Where it is nothing but zeros a hole is left: a sparse
+/// checkpoint stays one.
+fn write_tensor(path: &Path, file: &File, mut place: u64, content: Content) -> Result<blake3::Hash> {
+    let mut hash = blake3::Hasher::new();
+    let mut put = |chunk: &[u8]| {
+        hash.update(chunk);
+        if chunk.iter().any(|b| *b != 0) {
+            file.write_all_at(chunk, place)?;
+        }
+        place += chunk.len() as u64;
+        Ok(())
+    };
+    match content {
+        Content::Made(bytes) => put(&bytes).map_err(at(path))?,
+        Content::Stored { path: source, range } => {
+            let from = File::open(&source).map_err(at(&source))?;
+            let copied = read_chunks(&from, range, put);
+            copied.map_err(|e| {
+                at(path)(std::io::Error::new(e.kind(), format!("copying from {}: {e}", source.display())))
+            })?;
+        }
     }
-    let file = file.into_inner().map_err(|e| at(path)(e.into_error()))?;
-    file.sync_all().map_err(at(path))
+    Ok(hash.finalize())
 }
 
 impl WeightType {
     pub const fn dtype(self) -> Dtype {
         match self {
-            Self::Bf16 => Dtype::BF16,
+            Self::Bf16 => Dtype::Bf16,
             Self::F16 => Dtype::F16,
             Self::F32 => Dtype::F32,
         }
@@ -207,7 +301,7 @@ impl WeightType {
 /// The type a tensor is written in: floats as asked, whatever else there is stays.
 pub const fn written_dtype(stored: Dtype, asked: Option<WeightType>) -> Dtype {
     match (stored, asked) {
-        (Dtype::BF16 | Dtype::F16 | Dtype::F32, Some(asked)) => asked.dtype(),
+        (Dtype::Bf16 | Dtype::F16 | Dtype::F32, Some(asked)) => asked.dtype(),
         (stored, _) => stored,
     }
 }
@@ -221,35 +315,17 @@ pub fn note_dtype(config: &mut Map<String, Value>, asked: Option<WeightType>) {
     }
 }
 
-/// A tensor's bytes in another float type, rounded to nearest even.
-///
-/// # Errors
-/// A spec error when a value does not fit the type.
-pub fn convert<'a>(name: &str, bytes: &'a [u8], from: Dtype, to: Dtype) -> Result<Cow<'a, [u8]>> {
-    if from == to {
-        return Ok(Cow::Borrowed(bytes));
-    }
-    let values: Vec<f32> = match from {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        other => return Err(Error::bug(format!("converting {name} from {other:?}"))),
-    };
-    encode(name, &values, to).map(Cow::Owned)
-}
-
 /// float32 values as bytes of type `to`, rounded to nearest even.
 ///
 /// # Errors
 /// A spec error when a value does not fit the type.
 pub fn encode(name: &str, values: &[f32], to: Dtype) -> Result<Vec<u8>> {
     let overflow = |rounded: f32, value: f32| rounded.is_infinite() && value.is_finite();
-    let too_large = || {
-        Error::spec(format!("export.dtype: tensor {name} has values too large for {to:?}; use bf16 or f32"))
-    };
+    let too_large =
+        || Error::spec(format!("export.dtype: tensor {name} has values too large for {to}; use bf16 or f32"));
     match to {
         Dtype::F32 => Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        Dtype::BF16 => {
+        Dtype::Bf16 => {
             let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
             if rounded.iter().zip(values).any(|(r, v)| overflow(r.to_f32(), *v)) {
                 return Err(too_large());
@@ -263,7 +339,7 @@ pub fn encode(name: &str, values: &[f32], to: Dtype) -> Result<Vec<u8>> {
             }
             Ok(rounded.iter().flat_map(|v| v.to_le_bytes()).collect())
         }
-        other => Err(Error::bug(format!("converting {name} to {other:?}"))),
+        other => Err(Error::bug(format!("converting {name} to {other}"))),
     }
 }
 
@@ -273,7 +349,7 @@ mod tests {
 
     fn planned(sizes: &[usize]) -> Vec<Planned> {
         let tensor =
-            |(i, n): (usize, &usize)| Planned { name: format!("t{i}"), dtype: Dtype::BF16, shape: vec![*n] };
+            |(i, n): (usize, &usize)| Planned { name: format!("t{i}"), dtype: Dtype::Bf16, shape: vec![*n] };
         sizes.iter().enumerate().map(tensor).collect()
     }
 
@@ -289,8 +365,8 @@ mod tests {
 
     #[test]
     fn a_value_beyond_the_type_is_refused_by_tensor_name() {
-        let error = convert("big.weight", &1e30f32.to_le_bytes(), Dtype::F32, Dtype::F16).unwrap_err();
+        let error = encode("big.weight", &[1e30], Dtype::F16).unwrap_err();
         assert!(error.to_string().contains("big.weight"));
-        assert!(convert("big.weight", &1e30f32.to_le_bytes(), Dtype::F32, Dtype::BF16).is_ok());
+        assert!(encode("big.weight", &[1e30], Dtype::Bf16).is_ok());
     }
 }

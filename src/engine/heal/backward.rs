@@ -5,10 +5,10 @@
 //! the gradient through it. So one layer's graph is in memory at a time, and its
 //! weights are unpacked twice instead of kept (activation checkpointing by construction).
 
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 
+use crate::checkpoint::{LinearShape, Role};
 use crate::engine::eval::loglikelihood::{Request, likelihoods};
-use crate::engine::model::checkpoint::LINEARS;
 use crate::engine::model::layer::Layer;
 use crate::engine::model::lora::{Adapter, Dropout, stream_key};
 use crate::engine::model::{Config, Decoder, ops, pad};
@@ -18,10 +18,20 @@ use crate::job::preset::QloraSettings;
 /// The adapters of all layers, as variables: `A` and `B` in turn, by layer and linear.
 pub struct Adapters {
     pub variables: Vec<Var>,
-    /// Indices into [`LINEARS`], ascending.
-    pub targets: Vec<usize>,
+    /// By layer.
+    places: Vec<Vec<Place>>,
     scale: f64,
     dropout: f64,
+}
+
+/// The linear layer an adapter sits on.
+#[derive(Clone, Copy)]
+pub struct Place {
+    pub linear: LinearShape,
+    /// Among the layer's linear layers.
+    index: usize,
+    /// `A` in the variables; `B` is the next one.
+    at: usize,
 }
 
 /// What identifies one micro-batch, for the draws of dropout.
@@ -33,44 +43,39 @@ pub struct Draw {
 }
 
 impl Adapters {
-    /// Fresh adapters on every layer.
+    /// Fresh adapters on every layer that has a target.
     ///
     /// # Errors
-    /// A spec error when a target is no linear layer.
-    pub fn new(
-        config: &Config,
-        settings: &QloraSettings,
-        seed: u64,
-        device: &candle_core::Device,
-    ) -> Result<Self> {
-        let mut targets = Vec::new();
-        for target in &settings.targets {
-            let found = LINEARS.iter().position(|(name, _)| name == target);
-            targets.push(found.ok_or_else(|| {
-                let names = LINEARS.map(|(name, _)| name).join(", ");
-                Error::spec(format!(
-                    "heal target \"{target}\" is no linear layer of this model; there are {names}"
-                ))
-            })?);
-        }
-        targets.sort_unstable();
-        targets.dedup();
+    /// A spec error when a target is no linear layer of this model.
+    pub fn new(config: &Config, settings: &QloraSettings, seed: u64, device: &Device) -> Result<Self> {
+        let targeted = targets(config, &settings.targets)?;
         let rank = settings.rank as usize;
         let scale = settings.alpha / f64::from(settings.rank);
         let mut variables = Vec::new();
+        let mut places = Vec::new();
         for layer in 0..config.layer_count {
-            for target in &targets {
-                let key = stream_key(&[seed, layer as u64, *target as u64]);
-                let adapter = Adapter::new(rank, config.linear_shape(*target), scale, key, device)?;
+            let mut of_layer = Vec::new();
+            for (index, linear) in config.linears(layer).iter().enumerate() {
+                if !targeted(linear) {
+                    continue;
+                }
+                let key = stream_key(&[seed, layer as u64, index as u64]);
+                let adapter = Adapter::new(rank, (linear.outputs, linear.inputs), scale, key, device)?;
+                of_layer.push(Place { linear: *linear, index, at: variables.len() });
                 variables.push(Var::from_tensor(&adapter.a)?);
                 variables.push(Var::from_tensor(&adapter.b)?);
             }
+            places.push(of_layer);
         }
-        Ok(Self { variables, targets, scale, dropout: settings.dropout })
-    }
-
-    pub fn layer_count(&self) -> usize {
-        self.variables.len() / (2 * self.targets.len())
+        if variables.is_empty() {
+            return Err(Error::spec(format!(
+                "heal targets {}: no layer of this model has such a linear layer; experts carry no adapters, \
+                 attention does: {}",
+                settings.targets.join(", "),
+                names(config).join(", ")
+            )));
+        }
+        Ok(Self { variables, places, scale, dropout: settings.dropout })
     }
 
     /// Trained parameters.
@@ -78,38 +83,98 @@ impl Adapters {
         self.variables.iter().map(|v| v.elem_count() as u64).sum()
     }
 
-    /// The adapter on `LINEARS[target]` of `layer`, without dropout and gradient.
-    pub fn trained(&self, layer: usize, target: usize) -> Option<Adapter> {
-        let place = self.targets.iter().position(|t| *t == target)?;
-        let at = 2 * (layer * self.targets.len() + place);
-        let value = |i: usize| self.variables[i].as_detached_tensor();
-        Some(Adapter { a: value(at), b: value(at + 1), scale: self.scale, dropout: None })
+    /// All adapters with their layers, without dropout and gradient.
+    pub fn trained(&self) -> impl Iterator<Item = (usize, LinearShape, Adapter)> {
+        let of_layer = |(layer, places): (usize, &'_ Vec<Place>)| {
+            places.clone().into_iter().map(move |place| (layer, place))
+        };
+        self.places.iter().enumerate().flat_map(of_layer).map(|(layer, place)| {
+            let value = |i: usize| self.variables[i].as_detached_tensor();
+            let adapter =
+                Adapter { a: value(place.at), b: value(place.at + 1), scale: self.scale, dropout: None };
+            (layer, place.linear, adapter)
+        })
     }
 
-    /// The variables of one layer, in the order of [`Self::variables`].
-    fn of_layer(&self, layer: usize) -> std::ops::Range<usize> {
-        let each = 2 * self.targets.len();
-        layer * each..(layer + 1) * each
+    /// The first layer with an adapter: below it nothing is trained.
+    fn lowest(&self) -> usize {
+        self.places.iter().position(|places| !places.is_empty()).unwrap_or(0)
     }
 
     fn on(&self, layer: Layer, index: usize, draw: Draw, tracked: bool) -> Layer {
-        let adapters = std::array::from_fn(|target| {
-            let mut adapter = self.trained(index, target)?;
-            if tracked {
-                let place = self.targets.iter().position(|t| *t == target)?;
-                let at = self.of_layer(index).start + 2 * place;
-                adapter.a = self.variables[at].as_tensor().clone();
-                adapter.b = self.variables[at + 1].as_tensor().clone();
-            }
-            if self.dropout > 0.0 {
-                let Draw { seed, step, micro_batch } = draw;
-                let parts = [seed, u64::from(step), micro_batch as u64, index as u64, target as u64];
-                adapter.dropout = Some(Dropout { rate: self.dropout, key: stream_key(&parts) });
-            }
-            Some(adapter)
-        });
-        layer.with_adapters(&adapters)
+        let value = |i: usize| {
+            let variable = &self.variables[i];
+            if tracked { variable.as_tensor().clone() } else { variable.as_detached_tensor() }
+        };
+        layer.with_adapters(self.places[index].iter().map(|place| {
+            let Draw { seed, step, micro_batch } = draw;
+            let parts = [seed, u64::from(step), micro_batch as u64, index as u64, place.index as u64];
+            let dropout = Dropout { rate: self.dropout, key: stream_key(&parts) };
+            let dropout = Some(dropout).filter(|dropout| dropout.rate > 0.0);
+            (place.index, Adapter { a: value(place.at), b: value(place.at + 1), scale: self.scale, dropout })
+        }))
     }
+}
+
+/// Which linear layers the words of a spec mean: a name of this model, `attention`, `ffn` or `all`, or the
+/// name llama has for a layer of the same role.
+///
+/// # Errors
+/// A spec error for a word that is none of these.
+fn targets(config: &Config, words: &[String]) -> Result<impl Fn(&LinearShape) -> bool> {
+    let short = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+    let all = names(config);
+    for word in words {
+        let known = ["attention", "ffn", "all"].contains(&word.as_str()) || roles(word).is_some();
+        if !known && !all.iter().any(|name| name == word || short(name) == *word) {
+            return Err(Error::spec(format!(
+                "heal target \"{word}\" is no linear layer of this model; there are {}, and the words attention, \
+                 ffn and all",
+                all.join(", ")
+            )));
+        }
+    }
+    let words = words.to_vec();
+    let experts = config.experts.is_some();
+    Ok(move |linear: &LinearShape| {
+        // PEFT takes an MLP's names for those of the experts beside it.
+        let carries = linear.role.in_attention() || !experts;
+        carries
+            && words.iter().any(|word| match word.as_str() {
+                "all" => true,
+                "attention" => linear.role.in_attention(),
+                "ffn" => !linear.role.in_attention(),
+                word => {
+                    let role = roles(word).is_some_and(|roles| roles.contains(&linear.role));
+                    role || linear.name == word || short(linear.name) == word
+                }
+            })
+    })
+}
+
+/// What llama's names stand for; several where a family keeps matrices together.
+fn roles(word: &str) -> Option<&'static [Role]> {
+    match word {
+        "q_proj" => Some(&[Role::Query, Role::QueryKeyValue]),
+        "k_proj" => Some(&[Role::Key, Role::QueryKeyValue]),
+        "v_proj" => Some(&[Role::Value, Role::QueryKeyValue]),
+        "o_proj" => Some(&[Role::Output]),
+        "gate_proj" => Some(&[Role::Gate, Role::GateUp]),
+        "up_proj" => Some(&[Role::Up, Role::GateUp]),
+        "down_proj" => Some(&[Role::Down]),
+        _ => None,
+    }
+}
+
+/// The linear layers that adapters can sit on.
+fn names(config: &Config) -> Vec<&'static str> {
+    let mut all = Vec::new();
+    for linear in (0..config.layer_count).flat_map(|layer| config.linears(layer)) {
+        if !all.contains(&linear.name) {
+            all.push(linear.name);
+        }
+    }
+    all
 }
 
 /// Sum of the negative log-likelihoods of all predicted tokens of `windows`, in
@@ -132,14 +197,15 @@ pub fn loss_and_gradients(
     let last = seams.pop().ok_or_else(|| Error::bug("no stream"))?;
     let (nll, mut upstream) = head_backward(decoder, &last, windows, scale)?;
     let mut gradients: Vec<Option<Tensor>> = vec![None; adapters.variables.len()];
-    for index in (0..layer_count).rev() {
+    let lowest = adapters.lowest();
+    for index in (lowest..layer_count).rev() {
         let entering = seams.pop().ok_or_else(|| Error::bug("a seam is missing"))?;
         let layer = adapters.on(decoder.layer(index)?, index, draw, true);
-        // Nothing is trained below layer 0: its input needs no gradient.
-        let leaf = if index == 0 { None } else { Some(Var::from_tensor(&entering)?) };
+        // Nothing is trained below the lowest adapter: its layer's input needs no gradient.
+        let leaf = if index == lowest { None } else { Some(Var::from_tensor(&entering)?) };
         let x = leaf.as_ref().map_or(&entering, |v| v.as_tensor());
         let mut store = ops::backward_from(&layer.forward(x, &pass, None)?, &upstream)?;
-        for i in adapters.of_layer(index) {
+        for i in adapters.places[index].iter().flat_map(|place| [place.at, place.at + 1]) {
             gradients[i] = store.remove(&adapters.variables[i]);
         }
         if let Some(leaf) = leaf {

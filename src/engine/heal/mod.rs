@@ -7,19 +7,15 @@ mod peft;
 mod qlora;
 mod resume;
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::Tensor;
-use safetensors::Dtype;
 
 pub use qlora::{Trained, Windows, train};
 
-use super::export::safetensors::{Draft, Planned, convert};
-use super::model::checkpoint::linear_name;
+use super::export::safetensors::{Content, Draft, Planned, encode};
 use super::model::lora::Adapter;
-use super::model::quant::widen;
 use super::model::{Checkpoint, Decoder};
 use super::workspace::{Workspace, write_json};
 use super::{Cx, Error, Result};
@@ -104,7 +100,7 @@ fn qlora(
         None
     } else {
         let adapter = workspace.part(ADAPTER)?;
-        peft::save(&adapter, &current.path, &trained.adapters, &settings)?;
+        peft::save(&adapter, &current.path, source.config(), &trained.adapters, &settings)?;
         workspace.publish(&adapter, ADAPTER)?;
         workspace.publish(&workspace.dir().join(CANDIDATE), HEALED)?;
         Some(CheckpointRef { path: HEALED.to_owned(), ..candidate })
@@ -142,31 +138,33 @@ fn write_merged(
     workspace: &Workspace,
     cx: Cx,
 ) -> Result<CheckpointRef> {
-    let mut adapters: HashMap<String, Adapter> = HashMap::new();
-    for layer in 0..source.config().layer_count {
-        for target in &trained.adapters.targets {
-            if let Some(adapter) = trained.adapters.trained(layer, *target) {
-                adapters.insert(format!("{}.weight", linear_name(layer, *target)), adapter);
-            }
-        }
-    }
-    let planned = source.names().filter_map(|name| {
-        let info = source.info(name)?;
-        Some(Planned { name: name.to_owned(), dtype: info.dtype, shape: info.shape.clone() })
+    let config = source.config();
+    let adapters: HashMap<String, Adapter> = trained
+        .adapters
+        .trained()
+        .map(|(layer, linear, adapter)| (format!("{}.weight", config.in_layer(layer, linear.name)), adapter))
+        .collect();
+    let planned = source.index().tensors.iter().map(|(name, info)| Planned {
+        name: name.clone(),
+        dtype: info.dtype,
+        shape: info.shape.clone(),
     });
-    let draft =
-        Draft { config: source.config().raw().clone(), companions: source.dir(), tensors: planned.collect() };
+    let draft = Draft { config: config.raw().clone(), companions: source.dir(), tensors: planned.collect() };
     draft.write(workspace, CANDIDATE, cx, |tensor| {
         let Some(adapter) = adapters.get(&tensor.name) else {
-            return Ok(Cow::Borrowed(source.bytes(&tensor.name)?));
+            return Content::of(source.index(), &tensor.name);
         };
         let weight =
-            Tensor::from_vec(widen(source, &tensor.name)?, tensor.shape.clone(), adapter.a.device())?;
-        let merged: Vec<f32> = adapter.merge(&weight)?.flatten_all()?.to_vec1()?;
+            Tensor::from_vec(source.values(&tensor.name)?, tensor.shape.clone(), adapter.a.device())?;
+        let merged = if config.family.transposed {
+            adapter.merge(&weight.t()?)?.t()?
+        } else {
+            adapter.merge(&weight)?
+        };
+        let merged: Vec<f32> = merged.flatten_all()?.to_vec1()?;
         if merged.iter().any(|w| !w.is_finite()) {
             return Err(Error::spec(format!("healing left {} not finite; lower learning_rate", tensor.name)));
         }
-        let bytes: Vec<u8> = merged.iter().flat_map(|w| w.to_le_bytes()).collect();
-        Ok(Cow::Owned(convert(&tensor.name, &bytes, Dtype::F32, tensor.dtype)?.into_owned()))
+        Ok(Content::Made(encode(&tensor.name, &merged, tensor.dtype)?))
     })
 }

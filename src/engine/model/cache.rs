@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::config::Config;
+use crate::checkpoint::Config;
 use crate::engine::Result;
 
 /// One cache per layer, for `batch` sequences of at most `capacity` tokens.

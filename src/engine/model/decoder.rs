@@ -6,11 +6,11 @@ use std::ops::Range;
 use candle_core::{DType, Tensor, Var};
 
 use super::cache::KvCache;
-use super::checkpoint::{Checkpoint, EMBEDDING, FINAL_NORM, HEAD};
-use super::config::Config;
-use super::layer::{Layer, Pass};
+use super::checkpoint::Checkpoint;
+use super::layer::{Layer, Norm, Pass};
 use super::quant::QuantizedLayer;
 use super::{Compute, ops};
+use crate::checkpoint::Config;
 use crate::engine::{Error, Result};
 use crate::job::spec::BaseBits;
 
@@ -21,9 +21,13 @@ pub struct Decoder {
     compute: Compute,
     /// `[vocab, h]`.
     embedding: Tensor,
-    final_norm: Tensor,
+    /// Learned positions, `[max_position_embeddings, h]`.
+    positions: Option<Tensor>,
+    final_norm: Norm,
     /// `[vocab, h]`; the embedding when tied.
     head: Tensor,
+    /// `[vocab]`.
+    head_bias: Option<Tensor>,
     layers: Vec<Stored>,
 }
 
@@ -40,15 +44,16 @@ enum Stored {
 /// Rows of logits at a time: `rows × vocab` floats are the largest tensor of a forward pass.
 const HEAD_ROWS: usize = 256;
 
+/// Tokens sent through a checkpoint that was just written.
+const PROOF_TOKENS: usize = 8;
+
 /// Share of the free memory that resident layers may take.
 const RESIDENT_SHARE: f64 = 0.6;
 
 impl Decoder {
     /// Opens a decoder for inference: resident if it fits in memory, else streamed layer by layer.
     pub fn open(checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
-        let needed = checkpoint.parameters() as f64 * compute.dtype.size_in_bytes() as f64;
-        let fits = !compute.device.is_cpu()
-            || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE);
+        let fits = Self::fits(checkpoint, compute);
         Self::with_layers(checkpoint, compute, |index| {
             Ok(if fits {
                 Stored::Resident(Box::new(Layer::load(checkpoint, index, compute)?))
@@ -58,9 +63,34 @@ impl Decoder {
         })
     }
 
+    /// Whether all layers fit in memory together.
+    pub fn fits(checkpoint: &Checkpoint, compute: &Compute) -> bool {
+        let needed = checkpoint.parameters() as f64 * compute.dtype.size_in_bytes() as f64;
+        !compute.device.is_cpu() || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE)
+    }
+
     /// Opens a decoder whose layers stay on disk until used.
     pub fn open_streamed(checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
         Self::with_layers(checkpoint, compute, |_| Ok(Stored::OnDisk))
+    }
+
+    /// Sends a few tokens through the checkpoint called `name`: it must give numbers.
+    ///
+    /// # Errors
+    /// A model error when it does not.
+    pub fn prove(&self, name: &str) -> Result<()> {
+        let config = self.config();
+        let len = PROOF_TOKENS.min(config.max_position_embeddings);
+        let tokens: Vec<u32> = (0..len).map(|i| (i * 7919 % config.vocab_size) as u32).collect();
+        let x = self.forward(&pad(&[&tokens], &self.compute)?)?.flatten_to(1)?;
+        let sum = self.logits(&x)?.sum_all()?.to_scalar::<f32>()?;
+        if sum.is_finite() {
+            return Ok(());
+        }
+        Err(Error::model(format!(
+            "{name}: the first tokens sent through it give numbers that are not finite; its values overflow in this \
+             precision (try --precision f32), or the base is damaged"
+        )))
     }
 
     /// Opens a decoder whose linear layers are kept in `bits` bits and unpacked when used.
@@ -80,14 +110,19 @@ impl Decoder {
         compute: &Compute,
         mut store: impl FnMut(usize) -> Result<Stored>,
     ) -> Result<Self> {
-        let read = |name: &str| checkpoint.tensor(name, compute.dtype, &compute.device);
-        let embedding = read(EMBEDDING)?;
-        let head = if checkpoint.config().tied { embedding.clone() } else { read(HEAD)? };
+        let config = checkpoint.config();
+        let names = config.family.names;
+        let read = |name: String| checkpoint.tensor(&name, compute.dtype, &compute.device);
+        let embedding = read(config.embedding())?;
+        let head = if config.tied { embedding.clone() } else { read(format!("{}.weight", names.head))? };
+        let head_bias = config.family.head_bias.then(|| read(format!("{}.bias", names.head)));
         Ok(Self {
             embedding,
+            positions: names.positions.map(|name| read(config.tensor(name))).transpose()?,
             head,
-            final_norm: read(FINAL_NORM)?,
-            layers: (0..checkpoint.config().layer_count).map(&mut store).collect::<Result<_>>()?,
+            head_bias: head_bias.transpose()?,
+            final_norm: Norm::load(checkpoint, &format!("{}{}", config.base, names.final_norm), compute)?,
+            layers: (0..config.layer_count).map(&mut store).collect::<Result<_>>()?,
             checkpoint: checkpoint.clone(),
             compute: compute.clone(),
         })
@@ -117,8 +152,27 @@ impl Decoder {
 
     /// Token ids `[b, t]` to the stream entering layer 0, `[b, t, h]`.
     pub fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
+        self.embed_from(0, tokens)
+    }
+
+    /// The same for tokens at positions `start..`.
+    fn embed_from(&self, start: usize, tokens: &Tensor) -> Result<Tensor> {
         let (b, t) = tokens.dims2()?;
-        Ok(self.embedding.embedding(&tokens.flatten_all()?)?.reshape((b, t, ()))?)
+        let mut x = self.embedding.embedding(&tokens.flatten_all()?)?.reshape((b, t, ()))?;
+        if self.config().embedding_scale != 1.0 {
+            x = (x * self.config().embedding_scale)?;
+        }
+        if let Some(positions) = &self.positions {
+            let most = positions.dim(0)?;
+            if start + t > most {
+                return Err(Error::spec(format!(
+                    "a text of {} tokens, but the model has learned {most} positions",
+                    start + t
+                )));
+            }
+            x = x.broadcast_add(&positions.narrow(0, start, t)?)?;
+        }
+        Ok(x)
     }
 
     /// Runs layers `range` on the stream `x [b, t, h]`; `visit(l, stream)` sees the stream entering
@@ -148,11 +202,21 @@ impl Decoder {
         KvCache::new(self.config(), batch, capacity, self.compute.dtype, &self.compute.device)
     }
 
+    /// The place in texts of `len` tokens from where on they must be read, with what `cache` holds of
+    /// them. Usually its end; but some rotations turn all tokens anew when a text outgrows a length,
+    /// and then the cache is emptied.
+    pub fn unread(&self, cache: &mut KvCache, len: usize) -> usize {
+        if cache.len > 0 && self.config().ropes.iter().any(|rope| rope.changes(cache.len, len)) {
+            cache.len = 0;
+        }
+        cache.len
+    }
+
     /// The next tokens `[b, t]` of sequences whose past is in `cache`; the stream as [`Self::forward`].
     pub fn step(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         let t = tokens.dim(1)?;
         let pass = self.pass(cache.len, t)?;
-        let mut x = self.embed(tokens)?;
+        let mut x = self.embed_from(cache.len, tokens)?;
         for (index, cache) in cache.layers.iter_mut().enumerate() {
             x = self.layer(index)?.forward(&x, &pass, Some(cache))?;
         }
@@ -162,20 +226,40 @@ impl Decoder {
 
     /// Final norm and head: streams `[n, h]` to logits `[n, vocab]`, float32.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let x = ops::rms_norm(x, &self.final_norm, self.config().norm_eps)?;
-        Ok(x.matmul(&self.head.t()?)?.to_dtype(DType::F32)?)
+        self.head_logits(&self.final_norm.forward(x)?)
+    }
+
+    /// The head alone, for normed streams `[n, h]`.
+    fn head_logits(&self, normed: &Tensor) -> Result<Tensor> {
+        let mut logits = normed.matmul(&self.head.t()?)?;
+        if let Some(bias) = &self.head_bias {
+            logits = logits.broadcast_add(bias)?;
+        }
+        let mut logits = logits.to_dtype(DType::F32)?;
+        if self.config().logit_scale != 1.0 {
+            logits = (logits * self.config().logit_scale)?;
+        }
+        Ok(match self.config().final_cap {
+            Some(cap) => ops::soft_cap(&logits, cap)?,
+            None => logits,
+        })
     }
 
     /// Negative log-likelihood of `targets[i]` after the stream `x[i]`, in nats, for `x [n, h]` as
     /// [`Self::forward`] gives it, and the gradient of `scale` times their sum for `x`. Works
     /// through the vocabulary a few rows at a time.
     pub fn token_nll_backward(&self, x: &Tensor, targets: &[u32], scale: f64) -> Result<(Vec<f32>, Tensor)> {
+        let scale = scale * self.config().logit_scale;
         let (mut nll, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
         for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
             let x = Var::from_tensor(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
-            let normed = ops::rms_norm(&x, &self.final_norm, self.config().norm_eps)?;
-            let logits = normed.detach().matmul(&self.head.t()?)?.to_dtype(DType::F32)?;
-            let (chunk, gap) = ops::cross_entropy(&logits, targets)?;
+            let normed = self.final_norm.forward(&x)?;
+            let logits = self.head_logits(&normed.detach())?;
+            let (chunk, mut gap) = ops::cross_entropy(&logits, targets)?;
+            if let Some(cap) = self.config().final_cap {
+                // d/dx cap·tanh(x/cap) = 1 - tanh², and the capped logit is cap·tanh.
+                gap = (gap * (1.0 - (logits / cap)?.sqr()?)?)?;
+            }
             let upstream = (gap.to_dtype(normed.dtype())?.matmul(&self.head)? * scale)?;
             let mut store = ops::backward_from(&normed, &upstream)?;
             nll.extend(chunk);

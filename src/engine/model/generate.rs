@@ -4,7 +4,8 @@ use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use rayon::prelude::*;
 
-use super::decoder::Decoder;
+use super::cache::KvCache;
+use super::decoder::{Decoder, pad};
 use super::lora::stream_key;
 use crate::engine::{Cx, Error, Result};
 
@@ -45,8 +46,9 @@ pub fn write(decoder: &Decoder, writing: &Writing, cx: Cx) -> Result<Vec<Vec<u32
         let mut texts = vec![vec![start]; batch];
         let mut cache = decoder.cache(batch, writing.tokens)?;
         for done in 1..writing.tokens {
-            let last: Vec<u32> = texts.iter().map(|t| t[t.len() - 1]).collect();
-            let next = next_tokens(decoder, &last, &mut cache, &mut samplers)?;
+            let fresh = decoder.unread(&mut cache, texts[0].len());
+            let unread: Vec<&[u32]> = texts.iter().map(|t| &t[fresh..]).collect();
+            let next = next_tokens(decoder, &unread, &mut cache, &mut samplers)?;
             for (text, token) in texts.iter_mut().zip(next) {
                 text.push(token);
             }
@@ -76,21 +78,18 @@ pub fn continue_text(
     }
     let mut sampler = sampler(temperature, seed);
     let mut cache = decoder.cache(1, prompt.len() + tokens)?;
-    let mut input = prompt.to_vec();
-    let mut out = Vec::new();
-    while out.len() < tokens {
-        let x =
-            decoder.step(&Tensor::new(&input[..], &decoder.compute().device)?.unsqueeze(0)?, &mut cache)?;
-        let last = x.narrow(1, input.len() - 1, 1)?.squeeze(0)?;
-        let token = sampler.sample(&decoder.logits(&last)?.squeeze(0)?)?;
+    let mut text = prompt.to_vec();
+    while text.len() < prompt.len() + tokens {
+        let fresh = decoder.unread(&mut cache, text.len());
+        let token =
+            next_tokens(decoder, &[&text[fresh..]], &mut cache, std::slice::from_mut(&mut sampler))?[0];
         if decoder.config().eos_tokens.contains(&token) {
             break;
         }
         each(token);
-        out.push(token);
-        input = vec![token];
+        text.push(token);
     }
-    Ok(out)
+    Ok(text.split_off(prompt.len()))
 }
 
 fn sampler(temperature: f64, seed: u64) -> LogitsProcessor {
@@ -98,15 +97,17 @@ fn sampler(temperature: f64, seed: u64) -> LogitsProcessor {
     LogitsProcessor::from_sampling(seed, sampling)
 }
 
+/// One token more for each text, whose unread ends, all of one length, are given.
 fn next_tokens(
     decoder: &Decoder,
-    last: &[u32],
-    cache: &mut super::cache::KvCache,
+    unread: &[&[u32]],
+    cache: &mut KvCache,
     samplers: &mut [LogitsProcessor],
 ) -> Result<Vec<u32>> {
-    let tokens = Tensor::new(last, &decoder.compute().device)?.unsqueeze(1)?;
-    let logits = decoder.logits(&decoder.step(&tokens, cache)?.squeeze(1)?)?;
-    let rows: Vec<Tensor> = (0..last.len()).map(|i| logits.get(i)).collect::<candle_core::Result<_>>()?;
+    let tokens = pad(unread, decoder.compute())?;
+    let last = tokens.dim(1)? - 1;
+    let logits = decoder.logits(&decoder.step(&tokens, cache)?.narrow(1, last, 1)?.squeeze(1)?)?;
+    let rows: Vec<Tensor> = (0..unread.len()).map(|i| logits.get(i)).collect::<candle_core::Result<_>>()?;
     let sampled: Vec<candle_core::Result<u32>> =
         samplers.par_iter_mut().zip(rows.par_iter()).map(|(sampler, row)| sampler.sample(row)).collect();
     Ok(sampled.into_iter().collect::<candle_core::Result<_>>()?)

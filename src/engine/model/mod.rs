@@ -2,20 +2,17 @@
 
 pub mod cache;
 pub mod checkpoint;
-pub mod config;
 pub mod decoder;
-pub mod family;
 pub mod generate;
 pub mod layer;
 pub mod lora;
 pub mod ops;
 pub mod quant;
-pub mod rope;
 
 use candle_core::{DType, Device};
 
+pub use crate::checkpoint::Config;
 pub use checkpoint::Checkpoint;
-pub use config::Config;
 pub use decoder::{Decoder, pad};
 
 /// Where and how exactly to compute.

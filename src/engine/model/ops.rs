@@ -10,6 +10,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor};
 
+use crate::checkpoint::Activation;
+
 /// RMS norm over the last dimension.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if x.track_op() {
@@ -17,6 +19,29 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     } else {
         candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)
     }
+}
+
+/// Layer norm over the last dimension: mean and variance.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    if x.track_op() {
+        candle_nn::ops::layer_norm_slow(x, weight, bias, eps as f32)
+    } else {
+        candle_nn::ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32)
+    }
+}
+
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::Silu => candle_nn::ops::silu(x),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+        Activation::Relu => x.relu(),
+    }
+}
+
+/// `cap · tanh(x / cap)`.
+pub fn soft_cap(x: &Tensor, cap: f64) -> Result<Tensor> {
+    (x / cap)?.tanh()? * cap
 }
 
 /// Rotates pairs `(i, i + d/2)` of `x [b, heads, t, d]` by `cos`, `sin` `[t, d/2]`.
@@ -35,11 +60,6 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     } else {
         candle_nn::ops::softmax_last_dim(x)
     }
-}
-
-/// `silu(gate) * up`.
-pub fn gated_silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    candle_nn::ops::silu(gate)? * up
 }
 
 /// `x [m, k]` times the transpose of a frozen `weight [n, k]`.

@@ -8,13 +8,12 @@
 use std::sync::LazyLock;
 
 use candle_core::Tensor;
-use half::{bf16, f16};
 use rayon::prelude::*;
-use safetensors::Dtype;
 
 use super::Compute;
-use super::checkpoint::{Checkpoint, LINEARS, linear_name};
+use super::checkpoint::Checkpoint;
 use super::layer::Layer;
+use crate::checkpoint::LinearShape;
 use crate::engine::{Error, Result};
 use crate::job::spec::BaseBits;
 
@@ -31,24 +30,26 @@ pub struct QuantizedLayer {
 impl QuantizedLayer {
     /// Packs the linear layers of layer `index`.
     pub fn pack(checkpoint: &Checkpoint, index: usize, bits: BaseBits) -> Result<Self> {
-        let pack = |i: usize| {
-            let name = format!("{}.weight", linear_name(index, i));
-            let weights = widen(checkpoint, &name)?;
+        let config = checkpoint.config();
+        let pack = |linear: &LinearShape| {
+            let name = format!("{}.weight", config.in_layer(index, linear.name));
+            let weights = checkpoint.linear_values(&name, (linear.outputs, linear.inputs))?;
             match bits {
                 BaseBits::Four => Ok(Packed::nf4(&weights)),
                 BaseBits::Eight => Ok(Packed::int8(&weights)),
                 BaseBits::Sixteen => Err(Error::bug("16 bits need no packing")),
             }
         };
-        Ok(Self { linears: (0..LINEARS.len()).map(pack).collect::<Result<_>>()? })
+        Ok(Self { linears: config.linears(index).iter().map(pack).collect::<Result<_>>()? })
     }
 
     /// The layer, ready to use.
     pub fn unpack(&self, checkpoint: &Checkpoint, index: usize, compute: &Compute) -> Result<Layer> {
         Layer::with_weights(checkpoint, index, compute, |i| {
-            let shape = checkpoint.config().linear_shape(i);
-            let weights = self.linears[i].unpack(shape.0 * shape.1);
-            Ok(Tensor::from_vec(weights, shape, &compute.device)?.to_dtype(compute.dtype)?)
+            let linear = checkpoint.config().linears(index)[i];
+            let weights = self.linears[i].unpack(linear.outputs * linear.inputs);
+            let weight = Tensor::from_vec(weights, (linear.outputs, linear.inputs), &compute.device)?;
+            Ok(weight.to_dtype(compute.dtype)?)
         })
     }
 }
@@ -210,25 +211,6 @@ fn nearest_dynamic(x: f32) -> u8 {
     let below = above.saturating_sub(1);
     let nearest = if x - DYNAMIC[below] <= DYNAMIC[above] - x { below } else { above };
     nearest as u8
-}
-
-/// A tensor's values as float32, whatever it is stored in.
-pub fn widen(checkpoint: &Checkpoint, name: &str) -> Result<Vec<f32>> {
-    let bytes = checkpoint.bytes(name)?;
-    let info = checkpoint.info(name).ok_or_else(|| Error::bug(format!("tensor {name} vanished")))?;
-    let pairs = |f: fn([u8; 2]) -> f32| bytes.par_chunks_exact(2).map(|b| f([b[0], b[1]])).collect();
-    Ok(match info.dtype {
-        Dtype::BF16 => pairs(|b| bf16::from_le_bytes(b).to_f32()),
-        Dtype::F16 => pairs(|b| f16::from_le_bytes(b).to_f32()),
-        Dtype::F32 => {
-            bytes.par_chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-        }
-        other => {
-            return Err(Error::model(format!(
-                "tensor {name} is {other:?}; only BF16, F16 and F32 can be used"
-            )));
-        }
-    })
 }
 
 #[cfg(test)]

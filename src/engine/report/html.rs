@@ -220,7 +220,7 @@ fn provenance(out: &mut String, report: &Report) {
     put(
         out,
         &format!(
-            "<section><h2>How to get the same again</h2><p>Base model, sha256 over its files: <code>{}</code></p>\
+            "<section><h2>How to get the same again</h2><p>Base model, BLAKE3 over its content: <code>{}</code></p>\
              <details><summary>The spec</summary><pre>{}</pre></details>",
             escape(&report.model_digest),
             escape(&spec)

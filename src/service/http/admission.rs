@@ -3,7 +3,7 @@
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::weights;
+use crate::checkpoint::Index;
 use crate::job::complaint::Complaint;
 use crate::job::spec::{Corpus, HealMethod, JobSpec, ModelSource};
 
@@ -71,7 +71,7 @@ pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
     let mut layers = None;
     if let ModelSource::Path { path } = &mut spec.model {
         let found =
-            roots.find(path).and_then(|real| utf8(&real).map(|text| (text, weights::layer_count(&real))));
+            roots.find(path).and_then(|real| utf8(&real).map(|text| (text, layer_count(&real, roots))));
         match found {
             Ok((real, Ok(count))) => (*path, layers) = (real, Some(count)),
             Ok((_, Err(message))) | Err(message) => complain("/model/path".into(), message),
@@ -91,6 +91,22 @@ pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
         complaints = spec.validate();
     }
     if complaints.is_empty() { Ok(()) } else { Err(complaints) }
+}
+
+/// The layers of the checkpoint in `dir`, all whose files must lie below a root: a link out of it
+/// would open a door.
+fn layer_count(dir: &Path, roots: &Roots) -> Result<u32, String> {
+    for entry in dir.read_dir().into_iter().flatten().flatten() {
+        let real = entry.path().canonicalize();
+        if real.is_ok_and(|real| !roots.holds(&real)) {
+            return Err(format!(
+                "{} is a link out of the allowed directories; copy the file itself, or allow where it lies",
+                entry.file_name().to_string_lossy()
+            ));
+        }
+    }
+    let index = Index::read(dir).map_err(|failure| failure.message)?;
+    Ok(index.config.layer_count as u32)
 }
 
 fn corpus_file(real: &Path) -> Result<String, String> {

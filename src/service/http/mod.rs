@@ -23,12 +23,12 @@ mod extract;
 mod health;
 mod job;
 mod jobs;
+mod models;
 mod openapi;
 mod page;
 mod problem;
 mod range;
 mod results;
-mod weights;
 
 /// What every request can reach.
 #[derive(Clone)]

@@ -10,7 +10,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
-use super::{AppState, artifacts, events, health, jobs, results};
+use super::{AppState, artifacts, events, health, jobs, models, results};
 use crate::job::spec::JobSpec;
 
 #[derive(OpenApi)]
@@ -26,6 +26,7 @@ use crate::job::spec::JobSpec;
     tags(
         (name = "jobs", description = "Ask for a pruned model and follow the work"),
         (name = "results", description = "What a job found and left"),
+        (name = "models", description = "What can be pruned"),
         (name = "health", description = "How the service is"),
     ),
 )]
@@ -38,6 +39,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(events::routes())
         .merge(results::routes())
         .merge(artifacts::routes())
+        .routes(routes!(models::list))
         .routes(routes!(health::live))
         .routes(routes!(health::ready))
         .routes(routes!(health::metrics))

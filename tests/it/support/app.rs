@@ -1,7 +1,7 @@
 //! A running API: a real listener on loopback over a fresh database.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use secateur::job::spec::JobSpec;
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::postgres;
+use super::tiny::Tiny;
 
 pub const KEY: &str = "sct_testkey1_0123456789abcdef0123456789abcdef";
 
@@ -99,7 +100,7 @@ impl App {
     /// A spec that is fine, on a model of `layers` layers below the root.
     pub fn spec(&self, layers: u32) -> Value {
         let model = self.root().join("model");
-        write_checkpoint(&model, layers);
+        checkpoint(layers).write(&model);
         json!({"model": {"from": "path", "path": model}, "prune": {"amount": {"layers": 2}}})
     }
 
@@ -157,29 +158,7 @@ pub fn pointers(body: &Value) -> Vec<&str> {
     body["errors"].as_array().unwrap().iter().map(|e| e["pointer"].as_str().unwrap()).collect()
 }
 
-/// A checkpoint that looks right from outside: all its weights are zero.
-pub fn write_checkpoint(directory: &Path, layers: u32) {
-    fs::create_dir_all(directory).unwrap();
-    let config =
-        json!({"model_type": "llama", "num_hidden_layers": layers, "hidden_size": 4, "vocab_size": 8});
-    fs::write(directory.join("config.json"), config.to_string()).unwrap();
-    let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![8, 4])];
-    tensors.extend((0..layers).map(|l| (format!("model.layers.{l}.input_layernorm.weight"), vec![4])));
-    write_safetensors(&directory.join("model.safetensors"), &tensors);
-}
-
-/// A safetensors file of zeros in f32.
-pub fn write_safetensors(file: &Path, tensors: &[(String, Vec<usize>)]) {
-    let mut header = serde_json::Map::new();
-    let mut end = 0;
-    for (name, shape) in tensors {
-        let start = end;
-        end += shape.iter().product::<usize>() * 4;
-        header.insert(name.clone(), json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]}));
-    }
-    let header = Value::Object(header).to_string();
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.resize(bytes.len() + end, 0);
-    fs::write(file, bytes).unwrap();
+/// The smallest checkpoint of so many layers.
+pub fn checkpoint(layers: u32) -> Tiny {
+    Tiny { layers: layers as usize, hidden: 8, intermediate: 8, heads: 2, kv_heads: 1, ..Tiny::llama() }
 }

@@ -1,6 +1,6 @@
 //! What tests share: tiny models, a private database, a running service.
 
-#[cfg(feature = "service")]
+#[cfg(all(feature = "engine", feature = "service"))]
 pub mod app;
 #[cfg(feature = "service")]
 pub mod postgres;

@@ -1,34 +1,65 @@
 //! One decoder layer.
 
 mod candle;
+mod experts;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 pub use candle::Pass;
 
-use super::checkpoint::{Checkpoint, LINEARS, linear_name};
+use self::experts::Experts;
+use super::checkpoint::Checkpoint;
 use super::lora::Adapter;
-use super::{Compute, config::Config};
-use crate::engine::Result;
+use super::{Compute, ops};
+use crate::checkpoint::family::{Norm as NormKind, QkNorm, Qkv};
+use crate::checkpoint::{Activation, Config, LayerShape, Role};
+use crate::engine::{Error, Result};
 
-/// A decoder layer with its weights at hand: pre-norm attention and gated MLP.
-/// Cheap to clone.
+/// A decoder layer with its weights at hand: attention and MLP, each with the norms around it that the
+/// family has. Cheap to clone.
 #[derive(Clone)]
 pub struct Layer {
-    input_norm: Tensor,
-    post_attention_norm: Tensor,
-    /// In the order of [`LINEARS`].
-    linears: [Linear; 7],
+    attention_in: Option<Norm>,
+    attention_out: Option<Norm>,
+    mlp_in: Option<Norm>,
+    mlp_out: Option<Norm>,
+    q_norm: HeadNorm,
+    k_norm: HeadNorm,
+    /// In the order of [`Config::linears`].
+    linears: Vec<Linear>,
+    experts: Option<Experts>,
     shape: Shape,
 }
 
 /// `y = x Wᵀ + bias (+ adapter)`.
 #[derive(Clone)]
 pub struct Linear {
+    role: Role,
     /// `[outputs, inputs]`, frozen.
-    pub weight: Tensor,
-    pub bias: Option<Tensor>,
-    pub adapter: Option<Adapter>,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    adapter: Option<Adapter>,
+}
+
+/// A norm over the last dimension.
+#[derive(Clone)]
+pub struct Norm {
+    weight: Tensor,
+    /// Of a layer norm; an RMS norm has none.
+    bias: Option<Tensor>,
+    eps: f64,
+}
+
+/// Norm of queries or keys.
+#[derive(Clone)]
+enum HeadNorm {
+    No,
+    /// Over each head alike.
+    Head(Norm),
+    /// Over all heads together.
+    Whole(Norm),
+    /// Over each head, then times its own weight, `[heads, 1, head_dim]`.
+    Each(Norm, Tensor),
 }
 
 #[derive(Clone, Copy)]
@@ -36,20 +67,29 @@ struct Shape {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
-    norm_eps: f64,
-    window: Option<usize>,
+    qkv: Qkv,
+    activation: Activation,
+    parallel: bool,
+    attention_scale: f64,
+    attention_cap: Option<f64>,
+    residual_scale: f64,
+    layer: LayerShape,
 }
 
 impl Layer {
     /// Reads layer `index` of a checkpoint.
     pub fn load(checkpoint: &Checkpoint, index: usize, compute: &Compute) -> Result<Self> {
+        let config = checkpoint.config();
         let weight = |i: usize| {
-            checkpoint.tensor(&format!("{}.weight", linear_name(index, i)), compute.dtype, &compute.device)
+            let name = format!("{}.weight", config.in_layer(index, config.linears(index)[i].name));
+            let weight = checkpoint.tensor(&name, compute.dtype, &compute.device)?;
+            Ok(if config.family.transposed { weight.t()?.contiguous()? } else { weight })
         };
         Self::with_weights(checkpoint, index, compute, weight)
     }
 
-    /// Reads norms and biases of layer `index`; `weight(i)` gives the weight of `LINEARS[i]`.
+    /// Reads norms and biases of layer `index`; `weight(i)` gives the weight of linear layer `i`,
+    /// `[outputs, inputs]`.
     pub fn with_weights(
         checkpoint: &Checkpoint,
         index: usize,
@@ -57,28 +97,96 @@ impl Layer {
         weight: impl Fn(usize) -> Result<Tensor>,
     ) -> Result<Self> {
         let config = checkpoint.config();
-        let read = |name: &str| checkpoint.tensor(name, compute.dtype, &compute.device);
-        let norm = |name: &str| read(&format!("model.layers.{index}.{name}.weight"));
-        let mut linears = Vec::with_capacity(LINEARS.len());
-        for i in 0..LINEARS.len() {
-            let bias = config.linear_bias(i).then(|| read(&format!("{}.bias", linear_name(index, i))));
-            linears.push(Linear { weight: weight(i)?, bias: bias.transpose()?, adapter: None });
+        let mut linears = Vec::new();
+        for (i, linear) in config.linears(index).iter().enumerate() {
+            let bias = format!("{}.bias", config.in_layer(index, linear.name));
+            let bias = linear.bias.then(|| checkpoint.tensor(&bias, compute.dtype, &compute.device));
+            linears.push(Linear {
+                role: linear.role,
+                weight: weight(i)?,
+                bias: bias.transpose()?,
+                adapter: None,
+            });
         }
+        let [attention_in, attention_out, mlp_in, mlp_out] = config.norms().map(|name| {
+            name.map(|name| Norm::load(checkpoint, &config.in_layer(index, name), compute)).transpose()
+        });
+        let sparse = config.layers[index].sparse;
         Ok(Self {
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
-            linears: linears.try_into().unwrap_or_else(|_| unreachable!("seven linears. This is a bug.")),
+            attention_in: attention_in?,
+            attention_out: attention_out?,
+            mlp_in: mlp_in?,
+            mlp_out: mlp_out?,
+            q_norm: HeadNorm::load(checkpoint, index, ("q", config.head_count), compute)?,
+            k_norm: HeadNorm::load(checkpoint, index, ("k", config.kv_head_count), compute)?,
+            linears,
+            experts: if sparse { Some(Experts::load(checkpoint, index, compute)?) } else { None },
             shape: Shape::of(config, index),
         })
     }
 
-    /// The same layer with these adapters on `LINEARS[i]`.
+    /// The same layer with these adapters on its linear layers, in their order.
     #[must_use]
-    pub fn with_adapters(mut self, adapters: &[Option<Adapter>; 7]) -> Self {
-        for (linear, adapter) in self.linears.iter_mut().zip(adapters) {
-            linear.adapter.clone_from(adapter);
+    pub fn with_adapters(mut self, adapters: impl IntoIterator<Item = (usize, Adapter)>) -> Self {
+        for (linear, adapter) in adapters {
+            self.linears[linear].adapter = Some(adapter);
         }
         self
+    }
+
+    fn linear(&self, role: Role) -> Option<&Linear> {
+        self.linears.iter().find(|linear| linear.role == role)
+    }
+}
+
+impl Norm {
+    /// Reads the norm `name` (without `.weight`) of the family's kind.
+    pub fn load(checkpoint: &Checkpoint, name: &str, compute: &Compute) -> Result<Self> {
+        let config = checkpoint.config();
+        let read = |name: String, dtype| checkpoint.tensor(&name, dtype, &compute.device);
+        let weight = format!("{name}.weight");
+        let (weight, bias) = match config.family.norm {
+            NormKind::Rms => (read(weight, compute.dtype)?, None),
+            // Added in float32: 1 + weight has more digits than a 16-bit weight.
+            NormKind::RmsPlusOne => ((read(weight, DType::F32)? + 1.0)?.to_dtype(compute.dtype)?, None),
+            NormKind::Layer => {
+                (read(weight, compute.dtype)?, Some(read(format!("{name}.bias"), compute.dtype)?))
+            }
+        };
+        Ok(Self { weight, bias, eps: config.norm_eps })
+    }
+
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match &self.bias {
+            None => ops::rms_norm(x, &self.weight, self.eps),
+            Some(bias) => ops::layer_norm(x, &self.weight, bias, self.eps),
+        }
+    }
+}
+
+impl HeadNorm {
+    fn load(
+        checkpoint: &Checkpoint,
+        index: usize,
+        (which, heads): (&str, usize),
+        compute: &Compute,
+    ) -> Result<Self> {
+        let config = checkpoint.config();
+        let name = |rest: &str| config.in_layer(index, &format!("self_attn.{which}_{rest}"));
+        let read = |name: &str| checkpoint.tensor(name, compute.dtype, &compute.device);
+        Ok(match config.qk_norm {
+            QkNorm::No => Self::No,
+            QkNorm::Head => Self::Head(Norm::load(checkpoint, &name("norm"), compute)?),
+            QkNorm::Whole => Self::Whole(Norm::load(checkpoint, &name("norm"), compute)?),
+            QkNorm::KeyShared => Self::Head(Norm::load(checkpoint, &name("layernorm"), compute)?),
+            QkNorm::KeyEach => {
+                let each = (0..heads).map(|head| read(&name(&format!("layernorm.norms.{head}.weight"))));
+                let weights = Tensor::stack(&each.collect::<Result<Vec<_>>>()?, 0)?.unsqueeze(1)?;
+                let weight = Tensor::ones(config.head_dim, compute.dtype, &compute.device)?;
+                let bias = Some(weight.zeros_like()?);
+                Self::Each(Norm { weight, bias, eps: config.norm_eps }, weights)
+            }
+        })
     }
 }
 
@@ -88,8 +196,18 @@ impl Shape {
             heads: config.head_count,
             kv_heads: config.kv_head_count,
             head_dim: config.head_dim,
-            norm_eps: config.norm_eps,
-            window: config.windows[index],
+            qkv: config.family.qkv,
+            activation: config.activation,
+            parallel: config.parallel,
+            attention_scale: config.attention_scale,
+            attention_cap: config.attention_cap,
+            residual_scale: config.residual_scale,
+            layer: config.layers[index],
         }
     }
+}
+
+/// The layer has no linear layer of this role, though its shape says so.
+fn missing(role: Role) -> candle_core::Error {
+    candle_core::Error::Msg(Error::bug(format!("a layer without {role:?}")).to_string())
 }
