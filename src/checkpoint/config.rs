@@ -128,6 +128,9 @@ const MAX_EXPERTS: usize = 1 << 12;
 /// transformers' `max_window_layers` when the config does not say.
 pub(super) const DEFAULT_WINDOW_START: usize = 28;
 
+/// Gemma's `sliding_window` when the config does not say.
+const DEFAULT_PATTERN_WINDOW: usize = 4096;
+
 impl Config {
     /// Reads the object of a `config.json`.
     ///
@@ -421,12 +424,14 @@ fn windows(
     let window = match family.window {
         // Null says that there is none; absent leaves the default.
         Window::Every { default } if !keys.has("sliding_window") => default,
+        Window::Pattern(_) if !keys.has("sliding_window") => Some(DEFAULT_PATTERN_WINDOW),
         Window::Upper => given.filter(|_| used),
         _ => given,
     };
     let listed = matches!(family.window, Window::Upper | Window::Pattern(_) | Window::Unrotated);
     let kind = |l: usize| -> Result<bool> {
         let said = match types.map(|t| t[l].as_str()) {
+            None if matches!(family.window, Window::Pattern(_)) => unsaid[l],
             None => return Ok(unsaid[l]),
             Some(Some("full_attention")) => false,
             Some(Some("sliding_attention")) => true,
@@ -438,7 +443,7 @@ fn windows(
         };
         if said && window.is_none() {
             return Err(wrong(format!(
-                "config.json: layer_types[{l}] asks for sliding attention, but sliding_window is not given"
+                "config.json: layer {l} is one of sliding attention, but sliding_window is not given"
             )));
         }
         if !listed && said != (unsaid[l] && window.is_some()) {
