@@ -1,12 +1,12 @@
 //! `secateur inspect`: a checkpoint in numbers, without reading a weight.
 
-use std::fmt::Write as _;
-use std::io::Write;
+use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
+use super::print;
 use crate::checkpoint::Index;
 
 #[derive(clap::Args)]
@@ -58,8 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let description = describe(&index, &asked);
     let text =
         if args.json { serde_json::to_string_pretty(&description)? + "\n" } else { table(&description) };
-    std::io::stdout().write_all(text.as_bytes())?;
-    Ok(ExitCode::SUCCESS)
+    Ok(print(&text))
 }
 
 fn describe(index: &Index, asked: &[usize]) -> Description {

@@ -97,3 +97,9 @@ pub fn main() -> ExitCode {
         ExitCode::FAILURE
     })
 }
+
+/// Writes an answer to standard output. That nobody reads to its end is no failure.
+fn print(text: &str) -> ExitCode {
+    std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()).ok();
+    ExitCode::SUCCESS
+}

@@ -1,8 +1,9 @@
 //! `secateur models`: what can be pruned.
 
-use std::io::Write;
+use std::fmt::Write;
 use std::process::ExitCode;
 
+use super::print;
 use crate::checkpoint::family::{FAMILIES, Family};
 
 #[derive(clap::Args)]
@@ -14,10 +15,10 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let cards: Vec<_> = FAMILIES.iter().map(Family::card).collect();
-    let mut out = std::io::stdout().lock();
+    let mut out = String::new();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&cards)?)?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(print(&out));
     }
     writeln!(out, "{:<12}  {:<44}  adapters for healing go on", "model_type", "examples")?;
     for card in &cards {
@@ -34,5 +35,5 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         out,
         "\nEvery family can be profiled, pruned, healed and evaluated. GGUF export is not there yet."
     )?;
-    Ok(ExitCode::SUCCESS)
+    Ok(print(&out))
 }

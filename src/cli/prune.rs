@@ -10,7 +10,7 @@ use candle_core::{DType, Device};
 use super::observe::Terminal;
 use super::process;
 use crate::checkpoint::Index;
-use crate::engine::model::Compute;
+use crate::engine::model::{Checkpoint, Compute, Decoder};
 use crate::engine::prune::Cut;
 use crate::engine::{Cx, Error};
 use crate::job::progress::Stage;
@@ -29,6 +29,9 @@ pub struct Args {
     /// Write the weights as bf16, f16 or f32; without it every byte stays as it is.
     #[arg(long, value_parser = dtype)]
     dtype: Option<WeightType>,
+    /// Send a few tokens through the result, too; it must fit in memory for that.
+    #[arg(long)]
+    prove: bool,
 }
 
 #[derive(Clone)]
@@ -80,7 +83,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let observer = Terminal::new();
     let compute = Compute { device: Device::Cpu, dtype: DType::F32 };
     let written = cut.write_to(&part, Cx { stage: Stage::Prune, compute: &compute, observer: &observer });
-    let written = written.inspect_err(|_| drop(fs::remove_dir_all(&part)));
+    let proven = written.and_then(|written| {
+        if args.prove {
+            Decoder::open(&Checkpoint::open(&part)?, &compute)?.prove("the pruned checkpoint")?;
+        }
+        Ok(written)
+    });
+    let written = proven.inspect_err(|_| drop(fs::remove_dir_all(&part)));
     let written = match written {
         Err(Error::Stopped) => bail!("stopped on request; nothing was left"),
         other => other?,

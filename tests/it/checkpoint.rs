@@ -216,7 +216,7 @@ fn prune_leaves_layers_out_of_files_and_nothing_half_done() {
     let dir = model(&Tiny { shards: 3, ..Tiny::llama() });
     let (base, out) = (dir.path().to_str().unwrap(), dir.path().join("cut"));
     let out = out.to_str().unwrap();
-    let output = secateur(&["prune", base, "--drop", "1-2,4", "--out", out]);
+    let output = secateur(&["prune", base, "--drop", "1-2,4", "--prove", "--out", out]);
     assert!(output.status.success() && said(&output).contains("6 -> 3 layers"), "{}", said(&output));
     let (whole, cut) = (Checkpoint::open(dir.path()).unwrap(), Checkpoint::open(Path::new(out)).unwrap());
     assert_eq!(
