@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
 use secateur::engine::model::lora::unit;
 use secateur::engine::model::{Checkpoint, Compute, Decoder, pad};
@@ -18,7 +18,7 @@ fn main() {
         eprintln!("usage: cargo bench --bench engine -- MODEL_DIR");
         return;
     };
-    let compute = Compute { device: Device::Cpu, dtype: DType::F32 };
+    let compute = Compute::cpu(None);
     let checkpoint = Checkpoint::open(&dir).unwrap();
     forward_and_decode(&checkpoint, &compute);
     training_step(&checkpoint, &compute);

@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
-use candle_core::{DType, Device};
 
-use crate::engine::model::{Checkpoint, Compute, Decoder, generate};
+use crate::engine::model::{Checkpoint, Compute, Decoder, Rounding, generate};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -31,7 +30,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let decoder = Decoder::open(&checkpoint, &Compute { device: Device::Cpu, dtype: DType::F32 })?;
+    let decoder = Decoder::open(&checkpoint, &Compute::cpu(Some(Rounding::Once)))?;
     let encoded = tokenizer.encode(args.prompt.as_str(), true).map_err(|e| anyhow!("the prompt: {e}"))?;
     let prompt = encoded.get_ids();
     let written =

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use candle_core::{DType, Device};
 
 use super::observe::Terminal;
 use super::process;
@@ -81,7 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     fs::create_dir_all(&part).with_context(|| part.display().to_string())?;
     process::stop_on_signals();
     let observer = Terminal::new();
-    let compute = Compute { device: Device::Cpu, dtype: DType::F32 };
+    let compute = Compute::cpu(None);
     let written = cut.write_to(&part, Cx { stage: Stage::Prune, compute: &compute, observer: &observer });
     let proven = written.and_then(|written| {
         if args.prove {

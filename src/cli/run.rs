@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::observe::{JsonLines, Terminal};
 use super::process;
-use crate::engine::model::{Checkpoint, Compute};
+use crate::engine::model::{Checkpoint, Compute, Rounding};
 use crate::engine::pipeline::Run;
 use crate::engine::{Error, report};
 use crate::fetch;
@@ -32,8 +32,9 @@ pub struct Args {
     /// Where to compute: `cpu` or `cuda:N`.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// The least precision to compute with. `f32` agrees with transformers in float32.
-    /// A CPU computes everything in f32 in this version; on CUDA `bf16` computes in bf16
+    /// The least precision to compute with. `f32` agrees with transformers in float32. On a CPU the other two
+    /// concern products with weights alone: `bf16` rounds what comes in to bfloat16, `high` to the sum of two
+    /// (both only where the processor multiplies bfloat16, else all is f32). On CUDA `bf16` computes in bf16
     /// and the other two in f32.
     #[arg(long, value_enum, default_value_t = Precision::Bf16)]
     precision: Precision,
@@ -177,7 +178,11 @@ fn read_spec(source: &str) -> anyhow::Result<Value> {
 fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
     let wrong = |message: String| Failure { kind: FailureKind::Device, stage: None, message };
     if device == "cpu" {
-        return Ok(Compute { device: Device::Cpu, dtype: DType::F32 });
+        return Ok(Compute::cpu(match precision {
+            Precision::F32 => None,
+            Precision::High => Some(Rounding::Twice),
+            Precision::Bf16 => Some(Rounding::Once),
+        }));
     }
     let index = device.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0"));
     let Some(index) = index.and_then(|i| i.parse::<usize>().ok()) else {
@@ -189,7 +194,7 @@ fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
         Precision::Bf16 => DType::BF16,
         Precision::High | Precision::F32 => DType::F32,
     };
-    Ok(Compute { device: opened, dtype })
+    Ok(Compute { device: opened, dtype, rounding: None })
 }
 
 /// The comparison and where the files are, for a person.

@@ -116,7 +116,7 @@ impl Run<'_> {
         // The size of a batch is no part of this: it changes nothing.
         let inputs = json!({
             "model": model_digest,
-            "compute": self.compute_name(),
+            "compute": self.compute.name(),
             "seed": self.local.seed,
             "corpus": data::digest(&spec.corpus)?,
             "samples": spec.samples,
@@ -185,7 +185,7 @@ impl Run<'_> {
             "model": model_digest,
             "pruned": pruned.digest,
             "dropped": wound.dropped,
-            "compute": self.compute_name(),
+            "compute": self.compute.name(),
             "seed": self.local.seed,
             "preset": self.local.preset,
             "methods": methods,
@@ -225,7 +225,7 @@ impl Run<'_> {
             "model": model_digest,
             "pruned": pruned.digest,
             "healed": healed.map(|h| &h.digest),
-            "compute": self.compute_name(),
+            "compute": self.compute.name(),
             "seed": self.local.seed,
             "spec": spec,
             "names": names,
@@ -262,11 +262,6 @@ impl Run<'_> {
 
     fn cx(&self, stage: Stage) -> Cx<'_> {
         Cx { stage, compute: self.compute, observer: self.observer }
-    }
-
-    fn compute_name(&self) -> String {
-        let device = if self.compute.device.is_cpu() { "cpu" } else { "cuda" };
-        format!("{device} {}", self.compute.dtype.as_str())
     }
 
     fn calibration_seq_len(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use safetensors::Dtype;
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
 use secateur::engine::heal::{Trained, Windows, train};
@@ -18,7 +18,7 @@ use crate::support::tiny::{Tiny, VOCAB};
 const ALL: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 fn compute() -> Compute {
-    Compute { device: Device::Cpu, dtype: DType::F32 }
+    Compute::cpu(None)
 }
 
 fn settings(checkpoint: &Checkpoint) -> QloraSettings {

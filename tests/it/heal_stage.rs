@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use safetensors::Dtype;
 use secateur::engine::heal::backward::mean_loss;
 use secateur::engine::heal::{WindowsOf, Wound, heal};
@@ -26,7 +26,7 @@ fn windows(_: &Corpus, seq_len: usize, most: usize) -> Result<Vec<Vec<u32>>> {
 }
 
 fn compute() -> Compute {
-    Compute { device: Device::Cpu, dtype: DType::F32 }
+    Compute::cpu(None)
 }
 
 /// Prunes two layers of a tiny float32 model and heals with these QLoRA values.

@@ -73,6 +73,11 @@ impl Checkpoint {
 
     /// A tensor on `device` as `dtype`.
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        Ok(self.stored_tensor(name, device)?.to_dtype(dtype)?)
+    }
+
+    /// A tensor on `device` in the type it is stored in.
+    pub fn stored_tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
         let info = self.required(name)?;
         let stored = match info.dtype {
             Dtype::Bf16 => DType::BF16,
@@ -80,14 +85,22 @@ impl Checkpoint {
             Dtype::F32 => DType::F32,
             other => return Err(not_a_weight(name, other)),
         };
-        let tensor = Tensor::from_raw_buffer(self.bytes(name)?, stored, &info.shape, device)?;
-        Ok(tensor.to_dtype(dtype)?)
+        Ok(Tensor::from_raw_buffer(self.bytes(name)?, stored, &info.shape, device)?)
     }
 
     /// A tensor's values as float32, whatever it is stored in.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let info = self.required(name)?;
         widen(self.bytes(name)?, info.dtype).ok_or_else(|| not_a_weight(name, info.dtype))
+    }
+
+    /// A tensor's values in bfloat16, rounded where it is stored with more digits.
+    pub fn halves(&self, name: &str) -> Result<Vec<u16>> {
+        let info = self.required(name)?;
+        if info.dtype != Dtype::Bf16 {
+            return Ok(super::kernel::halves(&self.values(name)?));
+        }
+        Ok(self.bytes(name)?.par_chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
     }
 
     /// The values of a linear layer's weight `[outputs, inputs]` as float32, however the family stores it.

@@ -9,6 +9,7 @@ use super::cache::KvCache;
 use super::checkpoint::Checkpoint;
 use super::layer::{Layer, Norm, Pass};
 use super::quant::QuantizedLayer;
+use super::weight::Weight;
 use super::{Compute, ops};
 use crate::checkpoint::Config;
 use crate::engine::{Error, Result};
@@ -19,13 +20,13 @@ use crate::job::spec::BaseBits;
 pub struct Decoder {
     checkpoint: Checkpoint,
     compute: Compute,
-    /// `[vocab, h]`.
+    /// `[vocab, h]`; as it is stored, where the head is packed on its own.
     embedding: Tensor,
     /// Learned positions, `[max_position_embeddings, h]`.
     positions: Option<Tensor>,
     final_norm: Norm,
     /// `[vocab, h]`; the embedding when tied.
-    head: Tensor,
+    head: Weight,
     /// `[vocab]`.
     head_bias: Option<Tensor>,
     layers: Vec<Stored>,
@@ -65,7 +66,8 @@ impl Decoder {
 
     /// Whether all layers fit in memory together.
     pub fn fits(checkpoint: &Checkpoint, compute: &Compute) -> bool {
-        let needed = checkpoint.parameters() as f64 * compute.dtype.size_in_bytes() as f64;
+        let each = if compute.rounding.is_some() { 2 } else { compute.dtype.size_in_bytes() };
+        let needed = checkpoint.parameters() as f64 * each as f64;
         !compute.device.is_cpu() || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE)
     }
 
@@ -113,8 +115,13 @@ impl Decoder {
         let config = checkpoint.config();
         let names = config.family.names;
         let read = |name: String| checkpoint.tensor(&name, compute.dtype, &compute.device);
-        let embedding = read(config.embedding())?;
-        let head = if config.tied { embedding.clone() } else { read(format!("{}.weight", names.head))? };
+        let head = if config.tied { config.embedding() } else { format!("{}.weight", names.head) };
+        let head = Weight::load_head(checkpoint, &head, compute)?;
+        let embedding = match &head {
+            Weight::Dense(head) if config.tied => head.clone(),
+            Weight::Dense(_) => read(config.embedding())?,
+            Weight::Halves(_) => checkpoint.stored_tensor(&config.embedding(), &compute.device)?,
+        };
         let head_bias = config.family.head_bias.then(|| read(format!("{}.bias", names.head)));
         Ok(Self {
             embedding,
@@ -158,7 +165,8 @@ impl Decoder {
     /// The same for tokens at positions `start..`.
     fn embed_from(&self, start: usize, tokens: &Tensor) -> Result<Tensor> {
         let (b, t) = tokens.dims2()?;
-        let mut x = self.embedding.embedding(&tokens.flatten_all()?)?.reshape((b, t, ()))?;
+        let x = self.embedding.embedding(&tokens.flatten_all()?)?.reshape((b, t, ()))?;
+        let mut x = x.to_dtype(self.compute.dtype)?;
         if self.config().embedding_scale != 1.0 {
             x = (x * self.config().embedding_scale)?;
         }
@@ -231,7 +239,7 @@ impl Decoder {
 
     /// The head alone, for normed streams `[n, h]`.
     fn head_logits(&self, normed: &Tensor) -> Result<Tensor> {
-        let mut logits = normed.matmul(&self.head.t()?)?;
+        let mut logits = self.head.product(normed)?;
         if let Some(bias) = &self.head_bias {
             logits = logits.broadcast_add(bias)?;
         }
@@ -260,7 +268,7 @@ impl Decoder {
                 // d/dx cap·tanh(x/cap) = 1 - tanh², and the capped logit is cap·tanh.
                 gap = (gap * (1.0 - (logits / cap)?.sqr()?)?)?;
             }
-            let upstream = (gap.to_dtype(normed.dtype())?.matmul(&self.head)? * scale)?;
+            let upstream = (self.head.back(&gap.to_dtype(normed.dtype())?)? * scale)?;
             let mut store = ops::backward_from(&normed, &upstream)?;
             nll.extend(chunk);
             gradients.push(store.remove(&x).ok_or_else(|| Error::bug("the final norm gave no gradient"))?);

@@ -6,9 +6,8 @@
 //! tensor that no gradient is asked of, and the differentiable form otherwise.
 //! This file is the only user of `candle_nn::ops` and `candle_nn::rotary_emb`.
 
-use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::checkpoint::Activation;
 
@@ -62,15 +61,6 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `x [m, k]` times the transpose of a frozen `weight [n, k]`.
-pub fn frozen_product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if x.track_op() {
-        x.contiguous()?.apply_op1(FrozenProduct { weight: weight.clone() })
-    } else {
-        x.matmul(&weight.t()?)
-    }
-}
-
 /// Per row of `logits [n, vocab]` (float32): `-ln p(target)` in nats, and its
 /// gradient `softmax(logits) - onehot(target)`.
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<(Vec<f32>, Tensor)> {
@@ -87,44 +77,4 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<(Vec<f32>, Tens
 pub fn backward_from(y: &Tensor, upstream: &Tensor) -> Result<GradStore> {
     // candle starts at a scalar only: d/dx Σ(y · u) is the product wanted.
     (y * upstream.detach())?.sum_all()?.backward()
-}
-
-/// A product whose backward gives the gradient of `x` only. candle's own would
-/// also compute that of the frozen weight, and keep it: a third of all work.
-struct FrozenProduct {
-    weight: Tensor,
-}
-
-impl FrozenProduct {
-    fn layouts(&self, x: &Layout) -> Result<(usize, usize, usize, Layout)> {
-        let (n, k) = self.weight.dims2()?;
-        let (m, _) = x.shape().dims2()?;
-        Ok((m, n, k, Layout::contiguous_with_offset((m, k), x.start_offset())))
-    }
-}
-
-impl CustomOp1 for FrozenProduct {
-    fn name(&self) -> &'static str {
-        "frozen-product"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (m, n, k, contiguous) = self.layouts(layout)?;
-        let (weight, weight_layout) = self.weight.storage_and_layout();
-        let Storage::Cpu(weight) = &*weight else { candle_core::bail!("weight is on another device") };
-        let y = x.matmul(weight, (1, m, n, k), &contiguous, &weight_layout.transpose(0, 1)?)?;
-        Ok((y, Shape::from((m, n))))
-    }
-
-    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (m, n, k, contiguous) = self.layouts(layout)?;
-        let (weight, weight_layout) = self.weight.storage_and_layout();
-        let Storage::Cuda(weight) = &*weight else { candle_core::bail!("weight is on another device") };
-        let y = x.matmul(weight, (1, m, n, k), &contiguous, &weight_layout.transpose(0, 1)?)?;
-        Ok((y, Shape::from((m, n))))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(dy.contiguous()?.matmul(&self.weight)?))
-    }
 }

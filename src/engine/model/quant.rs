@@ -7,12 +7,12 @@
 
 use std::sync::LazyLock;
 
-use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::Compute;
 use super::checkpoint::Checkpoint;
 use super::layer::Layer;
+use super::weight::Weight;
 use crate::checkpoint::LinearShape;
 use crate::engine::{Error, Result};
 use crate::job::spec::BaseBits;
@@ -47,9 +47,8 @@ impl QuantizedLayer {
     pub fn unpack(&self, checkpoint: &Checkpoint, index: usize, compute: &Compute) -> Result<Layer> {
         Layer::with_weights(checkpoint, index, compute, |i| {
             let linear = checkpoint.config().linears(index)[i];
-            let weights = self.linears[i].unpack(linear.outputs * linear.inputs);
-            let weight = Tensor::from_vec(weights, (linear.outputs, linear.inputs), &compute.device)?;
-            Ok(weight.to_dtype(compute.dtype)?)
+            let values = self.linears[i].unpack(linear.outputs * linear.inputs);
+            Weight::of(values, (linear.outputs, linear.inputs), compute)
         })
     }
 }

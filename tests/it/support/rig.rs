@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Mutex;
 
-use candle_core::{DType, Device};
 use secateur::engine::Cx;
 use secateur::engine::model::{Checkpoint, Compute};
 use secateur::engine::workspace::Workspace;
@@ -52,7 +51,7 @@ impl Ear {
 
 impl Rig {
     pub fn new() -> Self {
-        let compute = Compute { device: Device::Cpu, dtype: DType::F32 };
+        let compute = Compute::cpu(None);
         Self { dir: tempfile::tempdir().unwrap(), compute, ear: Ear::default() }
     }
 

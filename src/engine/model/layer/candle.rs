@@ -234,7 +234,7 @@ impl Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let (b, t, k) = x.dims3()?;
         let x = x.reshape((b * t, k))?;
-        let mut y = ops::frozen_product(&x, &self.weight)?;
+        let mut y = self.weight.product(&x)?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }

@@ -5,15 +5,15 @@ use candle_core::{DType, Tensor};
 
 use crate::checkpoint::{Activation, ExpertsShape};
 use crate::engine::model::checkpoint::Checkpoint;
-use crate::engine::model::{Compute, ops};
+use crate::engine::model::{Compute, Weight, ops};
 use crate::engine::{Error, Result};
 
 #[derive(Clone)]
 pub struct Experts {
-    /// `[experts, h]`.
-    router: Tensor,
+    /// `[experts, h]`, in float32: who is chosen must not hang on rounding.
+    router: Weight,
     /// gate, up and down of each expert.
-    experts: Vec<[Tensor; 3]>,
+    experts: Vec<[Weight; 3]>,
     shape: ExpertsShape,
 }
 
@@ -23,17 +23,18 @@ impl Experts {
         let (Some(names), Some(shape)) = (config.family.experts, config.experts) else {
             return Err(Error::bug("a sparse layer in a model without experts"));
         };
-        let read = |name: &str| {
-            let name = format!("{}.weight", config.in_layer(index, name));
-            checkpoint.tensor(&name, compute.dtype, &compute.device)
-        };
+        let name = |name: &str| format!("{}.weight", config.in_layer(index, name));
+        let (h, f) = (config.hidden_size, shape.width);
         let expert = |expert: usize| {
-            let [gate, up, down] =
-                names.linears.map(|linear| read(&format!("{}{expert}.{linear}", names.experts)));
-            Ok([gate?, up?, down?])
+            let read = |i: usize, shape| {
+                let linear = format!("{}{expert}.{}", names.experts, names.linears[i]);
+                Weight::load(checkpoint, &name(&linear), shape, compute)
+            };
+            Ok([read(0, (f, h))?, read(1, (f, h))?, read(2, (h, f))?])
         };
+        let router = checkpoint.tensor(&name(names.router), compute.dtype, &compute.device)?;
         Ok(Self {
-            router: read(names.router)?,
+            router: Weight::Dense(router),
             experts: (0..shape.count).map(expert).collect::<Result<_>>()?,
             shape,
         })
@@ -42,7 +43,7 @@ impl Experts {
     /// What the chosen experts make of `x [n, h]`, each by its share.
     pub fn forward(&self, x: &Tensor, activation: Activation) -> candle_core::Result<Tensor> {
         let (n, k) = (x.dim(0)?, self.shape.per_token);
-        let shares = ops::softmax(&ops::frozen_product(x, &self.router)?.to_dtype(DType::F32)?)?;
+        let shares = ops::softmax(&self.router.product(x)?.to_dtype(DType::F32)?)?;
         let chosen = chosen(&shares, k)?;
         let places: Vec<u32> = chosen.iter().flatten().copied().collect();
         let mut shares = shares.gather(&Tensor::from_vec(places, (n, k), x.device())?, 1)?;
@@ -65,9 +66,9 @@ impl Experts {
             }
             let (tokens, at) = (Tensor::new(tokens, x.device())?, Tensor::new(at, x.device())?);
             let entering = x.index_select(&tokens, 0)?;
-            let gate = ops::activate(&ops::frozen_product(&entering, gate)?, activation)?;
-            let hidden = (gate * ops::frozen_product(&entering, up)?)?;
-            let leaving = ops::frozen_product(&hidden, down)?;
+            let gate = ops::activate(&gate.product(&entering)?, activation)?;
+            let hidden = (gate * up.product(&entering)?)?;
+            let leaving = down.product(&hidden)?;
             let leaving = leaving.broadcast_mul(&shares.index_select(&at, 0)?.unsqueeze(1)?)?;
             out = out.index_add(&tokens, &leaving, 0)?;
         }

@@ -10,6 +10,7 @@ pub use candle::Pass;
 use self::experts::Experts;
 use super::checkpoint::Checkpoint;
 use super::lora::Adapter;
+use super::weight::Weight;
 use super::{Compute, ops};
 use crate::checkpoint::family::{Norm as NormKind, QkNorm, Qkv};
 use crate::checkpoint::{Activation, Config, LayerShape, Role};
@@ -35,8 +36,7 @@ pub struct Layer {
 #[derive(Clone)]
 pub struct Linear {
     role: Role,
-    /// `[outputs, inputs]`, frozen.
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     adapter: Option<Adapter>,
 }
@@ -81,20 +81,19 @@ impl Layer {
     pub fn load(checkpoint: &Checkpoint, index: usize, compute: &Compute) -> Result<Self> {
         let config = checkpoint.config();
         let weight = |i: usize| {
-            let name = format!("{}.weight", config.in_layer(index, config.linears(index)[i].name));
-            let weight = checkpoint.tensor(&name, compute.dtype, &compute.device)?;
-            Ok(if config.family.transposed { weight.t()?.contiguous()? } else { weight })
+            let linear = config.linears(index)[i];
+            let name = format!("{}.weight", config.in_layer(index, linear.name));
+            Weight::load(checkpoint, &name, (linear.outputs, linear.inputs), compute)
         };
         Self::with_weights(checkpoint, index, compute, weight)
     }
 
-    /// Reads norms and biases of layer `index`; `weight(i)` gives the weight of linear layer `i`,
-    /// `[outputs, inputs]`.
+    /// Reads norms and biases of layer `index`; `weight(i)` gives the weight of linear layer `i`.
     pub fn with_weights(
         checkpoint: &Checkpoint,
         index: usize,
         compute: &Compute,
-        weight: impl Fn(usize) -> Result<Tensor>,
+        weight: impl Fn(usize) -> Result<Weight>,
     ) -> Result<Self> {
         let config = checkpoint.config();
         let mut linears = Vec::new();
