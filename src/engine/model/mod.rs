@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod checkpoint;
 pub mod decoder;
+mod fused;
 pub mod generate;
 pub mod kernel;
 pub mod layer;

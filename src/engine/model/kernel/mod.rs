@@ -2,10 +2,11 @@
 //!
 //! What a machine can do is found out when the program runs. `SECATEUR_KERNEL` forces a path: `bf16` (the
 //! processor's own products of bfloat16), `plain` (the same sums in plain Rust, to compare with) or `f32` (no
-//! kernel of ours: products in float32 by the `gemm` crate).
+//! kernel of ours: everything by candle, in float32).
 
 mod bf16;
 mod packed;
+pub mod rows;
 
 use std::sync::LazyLock;
 
@@ -22,6 +23,27 @@ pub enum Path {
     Plain,
     /// Not here.
     F32,
+}
+
+/// Whether anything is computed in this room; `SECATEUR_KERNEL=f32` leaves all to candle.
+pub fn enabled() -> bool {
+    static ENABLED: LazyLock<bool> =
+        LazyLock::new(|| std::env::var("SECATEUR_KERNEL").as_deref() != Ok("f32"));
+    *ENABLED
+}
+
+/// Whether this processor has the vectors that rows are worked on with. `plain` does without.
+#[cfg(target_arch = "x86_64")]
+fn wide() -> bool {
+    static WIDE: LazyLock<bool> = LazyLock::new(|| {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("fma")
+            && path() != Path::Plain
+    });
+    *WIDE
 }
 
 /// The path of this process.

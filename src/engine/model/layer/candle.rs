@@ -7,6 +7,7 @@ use crate::checkpoint::family::Qkv;
 use crate::checkpoint::{Config, Role};
 use crate::engine::Result;
 use crate::engine::model::cache::LayerCache;
+use crate::engine::model::kernel::rows::Visible;
 use crate::engine::model::ops;
 
 /// Queries that attend at once. Bounds the score matrix to `heads × 256 × keys`
@@ -21,15 +22,14 @@ pub struct Pass {
     start: usize,
     len: usize,
     /// Per distinct window of the model, per block of queries.
-    masks: Vec<(Option<usize>, Vec<Attendable>)>,
+    blocks: Vec<(Option<usize>, Vec<Attendable>)>,
 }
 
 /// What a block of queries may see.
 struct Attendable {
     queries: std::ops::Range<usize>,
     keys: std::ops::Range<usize>,
-    /// `[queries, keys]`: 0 or -inf; none when all is visible.
-    mask: Option<Tensor>,
+    visible: Visible,
 }
 
 impl Pass {
@@ -44,41 +44,40 @@ impl Pass {
         let mut windows: Vec<_> = config.layers.iter().map(|layer| layer.window).collect();
         windows.sort_unstable();
         windows.dedup();
-        let mut masks = Vec::new();
+        let mut blocks = Vec::new();
         for window in windows {
-            let blocks = (0..len).step_by(QUERY_BLOCK).map(|first| {
-                Attendable::new(first..(first + QUERY_BLOCK).min(len), start, window, dtype, device)
-            });
-            masks.push((window, blocks.collect::<Result<Vec<_>>>()?));
+            let block = |first| Attendable::new(first..(first + QUERY_BLOCK).min(len), start, window);
+            blocks.push((window, (0..len).step_by(QUERY_BLOCK).map(block).collect()));
         }
-        Ok(Self { rotations, start, len, masks })
+        Ok(Self { rotations, start, len, blocks })
     }
 
     fn blocks(&self, window: Option<usize>) -> &[Attendable] {
-        let found = self.masks.iter().find(|(w, _)| *w == window);
-        &found.expect("every window of the model has masks. This is a bug.").1
+        let found = self.blocks.iter().find(|(w, _)| *w == window);
+        &found.expect("every window of the model has blocks. This is a bug.").1
     }
 }
 
 impl Attendable {
-    fn new(
-        queries: std::ops::Range<usize>,
-        start: usize,
-        window: Option<usize>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        let sees = |q: usize, k: usize| k <= start + q && window.is_none_or(|w| start + q - k < w);
+    fn new(queries: std::ops::Range<usize>, start: usize, window: Option<usize>) -> Self {
         let first_key = window.map_or(0, |w| (start + queries.start + 1).saturating_sub(w));
         let keys = first_key..start + queries.end;
-        let cells = queries.clone().flat_map(|q| keys.clone().map(move |k| (q, k)));
-        let mask: Vec<f32> = cells.map(|(q, k)| if sees(q, k) { 0.0 } else { f32::NEG_INFINITY }).collect();
-        let mask = if mask.iter().all(|m| *m == 0.0) {
-            None
-        } else {
-            Some(Tensor::from_vec(mask, (queries.len(), keys.len()), device)?.to_dtype(dtype)?)
-        };
-        Ok(Self { queries, keys, mask })
+        let first = start + queries.start - first_key;
+        let visible = Visible { queries: queries.len(), keys: keys.len(), first, window };
+        Self { queries, keys, visible }
+    }
+
+    /// `[queries, keys]`: 0 or -inf; none when all is visible.
+    fn mask(&self, dtype: DType, device: &Device) -> candle_core::Result<Option<Tensor>> {
+        let (queries, keys) = (self.queries.len(), self.keys.len());
+        let mut mask = vec![f32::NEG_INFINITY; queries * keys];
+        for (query, row) in mask.chunks_exact_mut(keys).enumerate() {
+            row[self.visible.of(query)].fill(0.0);
+        }
+        if mask.iter().all(|m| *m == 0.0) {
+            return Ok(None);
+        }
+        Tensor::from_vec(mask, (queries, keys), device)?.to_dtype(dtype).map(Some)
     }
 }
 
@@ -114,11 +113,11 @@ impl Layer {
         }
         let hidden = if let Some(gate_up) = self.linear(Role::GateUp) {
             let both = gate_up.forward(x)?.chunk(2, 2)?;
-            (ops::activate(&both[0].contiguous()?, activation)? * &both[1])?
+            ops::gated(&both[0], &both[1], activation)?
         } else {
             let up = self.role(Role::Up)?.forward(x)?;
             match self.linear(Role::Gate) {
-                Some(gate) => (ops::activate(&gate.forward(x)?, activation)? * up)?,
+                Some(gate) => ops::gated(&gate.forward(x)?, &up, activation)?,
                 None => ops::activate(&up, activation)?,
             }
         };
@@ -134,7 +133,7 @@ impl Layer {
         debug_assert_eq!(t, pass.len);
         let s = self.shape;
         let [q, k, v] = self.queries_keys_values(x)?;
-        let q = (pass.rotate(&self.q_norm.of_heads(&q)?, s.layer.rope)? * s.attention_scale)?;
+        let q = pass.rotate(&self.q_norm.of_heads(&q)?, s.layer.rope)?;
         let mut k = pass.rotate(&self.k_norm.of_heads(&k)?, s.layer.rope)?;
         let mut v = v;
         if let Some(cache) = cache {
@@ -151,15 +150,11 @@ impl Layer {
                 let kv = kv.narrow(2, block.keys.start, tk)?.contiguous()?;
                 kv.reshape((b * s.kv_heads, tk, s.head_dim))
             };
-            let mut scores = q.matmul(&seen(&k)?.t()?)?;
-            if let Some(cap) = s.attention_cap {
-                scores = ops::soft_cap(&scores, cap)?;
-            }
-            if let Some(mask) = &block.mask {
-                scores = scores.reshape((b * s.heads, tq, tk))?.broadcast_add(mask)?;
-                scores = scores.reshape((b * s.kv_heads, group * tq, tk))?;
-            }
-            let y = ops::softmax(&scores)?.matmul(&seen(&v)?)?;
+            let scores = q.matmul(&seen(&k)?.t()?)?;
+            let mask = || block.mask(scores.dtype(), scores.device());
+            let shares =
+                ops::attention_shares(&scores, s.attention_scale, s.attention_cap, block.visible, mask)?;
+            let y = shares.matmul(&seen(&v)?)?;
             outputs.push(y.reshape((b, s.heads, tq, s.head_dim))?);
         }
         let y = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 2)? };
@@ -221,12 +216,7 @@ impl Pass {
     fn rotate(&self, x: &Tensor, rope: Option<usize>) -> candle_core::Result<Tensor> {
         let Some(rope) = rope else { return Ok(x.clone()) };
         let (cos, sin) = &self.rotations[rope];
-        let (rotated, all) = (2 * cos.dim(1)?, x.dim(3)?);
-        if rotated == all {
-            return ops::rope(x, cos, sin);
-        }
-        let turned = ops::rope(&x.narrow(3, 0, rotated)?.contiguous()?, cos, sin)?;
-        Tensor::cat(&[&turned, &x.narrow(3, rotated, all - rotated)?], 3)?.contiguous()
+        ops::rope(x, cos, sin)
     }
 }
 
