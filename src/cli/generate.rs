@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
 
+use super::process;
 use crate::engine::model::{Checkpoint, Compute, Decoder, Rounding, generate};
 
 #[derive(clap::Args)]
@@ -28,6 +29,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    process::keep_freed_memory();
+    process::one_thread_pool();
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokenizer = checkpoint.tokenizer()?;
     let decoder = Decoder::open(&checkpoint, &Compute::cpu(Some(Rounding::Once)))?;

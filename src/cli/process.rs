@@ -21,6 +21,18 @@ pub fn keep_freed_memory() {
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 pub fn keep_freed_memory() {}
 
+/// candle keeps a pool of its own beside rayon's, whose threads wait by spinning: on the cores where rayon
+/// works. Its few operations that are left are as fast without.
+pub fn one_thread_pool() {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: called before any other thread starts, so nobody reads the environment meanwhile.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::env::set_var("CANDLE_NUM_THREADS", "1");
+        }
+    }
+}
+
 /// Computes with at most `threads` threads. candle reads the same variable as rayon.
 pub fn limit_threads(threads: usize) {
     // SAFETY: called before any other thread starts, so nobody reads the environment meanwhile.

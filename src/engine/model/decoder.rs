@@ -48,6 +48,9 @@ const HEAD_ROWS: usize = 256;
 /// Tokens sent through a checkpoint that was just written.
 const PROOF_TOKENS: usize = 8;
 
+/// Share of the free memory that unpacked layers may take while adapters are trained over them.
+const UNPACKED_SHARE: f64 = 0.1;
+
 /// Share of the free memory that resident layers may take.
 const RESIDENT_SHARE: f64 = 0.6;
 
@@ -66,8 +69,7 @@ impl Decoder {
 
     /// Whether all layers fit in memory together.
     pub fn fits(checkpoint: &Checkpoint, compute: &Compute) -> bool {
-        let each = if compute.rounding.is_some() { 2 } else { compute.dtype.size_in_bytes() };
-        let needed = checkpoint.parameters() as f64 * each as f64;
+        let needed = checkpoint.parameters() as f64 * compute.weight_bytes() as f64;
         !compute.device.is_cpu() || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE)
     }
 
@@ -95,14 +97,25 @@ impl Decoder {
         )))
     }
 
-    /// Opens a decoder whose linear layers are kept in `bits` bits and unpacked when used.
+    /// Opens a decoder whose linear layers have the values that `bits` bits leave them. They are kept so and
+    /// unpacked when used, or, where there is plenty of memory, unpacked once.
     pub fn open_frozen(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Result<Self> {
+        // For products from both sides.
+        let needed = 2.0 * checkpoint.parameters() as f64 * compute.weight_bytes() as f64;
+        let plenty = compute.device.is_cpu()
+            && available_memory_bytes().is_some_and(|free| needed < free * UNPACKED_SHARE);
         Self::with_layers(checkpoint, compute, |index| {
-            Ok(match bits {
-                BaseBits::Sixteen => Stored::OnDisk,
-                BaseBits::Four | BaseBits::Eight => {
-                    Stored::Packed(QuantizedLayer::pack(checkpoint, index, bits)?)
+            let packed = match bits {
+                BaseBits::Sixteen if plenty => {
+                    return Ok(Stored::Resident(Box::new(Layer::load(checkpoint, index, compute)?)));
                 }
+                BaseBits::Sixteen => return Ok(Stored::OnDisk),
+                BaseBits::Four | BaseBits::Eight => QuantizedLayer::pack(checkpoint, index, bits)?,
+            };
+            Ok(if plenty {
+                Stored::Resident(Box::new(packed.unpack(checkpoint, index, compute)?))
+            } else {
+                Stored::Packed(packed)
             })
         })
     }

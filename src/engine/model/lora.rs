@@ -51,7 +51,8 @@ impl Adapter {
         if let Some(dropout) = self.dropout {
             x = (&x * dropout.mask(x.dims2()?, x.device())?)?;
         }
-        x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * self.scale
+        // Scaled where it is smallest.
+        (x.matmul(&self.a.t()?)? * self.scale)?.matmul(&self.b.t()?)
     }
 
     /// `weight + scale · B A`, in float32, for a weight `[outputs, inputs]`.

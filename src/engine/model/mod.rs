@@ -37,6 +37,11 @@ impl Compute {
         Self { device: Device::Cpu, dtype: DType::F32, rounding }
     }
 
+    /// Bytes of a weight while it is used.
+    pub fn weight_bytes(&self) -> usize {
+        if self.rounding.is_some() { 2 } else { self.dtype.size_in_bytes() }
+    }
+
     /// What results depend on, for records.
     pub fn name(&self) -> String {
         let device = if self.device.is_cpu() { "cpu" } else { "cuda" };
