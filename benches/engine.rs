@@ -1,4 +1,4 @@
-//! Speed of the engine on a real model: `cargo bench --bench engine -- MODEL_DIR`.
+//! Speed of the engine on a real model: `CANDLE_NUM_THREADS=1 cargo bench --bench engine -- MODEL_DIR`.
 //! `benches/engine_torch.py` does the same work in `PyTorch`; compare the ratios of
 //! one machine and one hour.
 #![allow(clippy::unwrap_used)]
@@ -9,7 +9,7 @@ use std::time::Instant;
 use candle_core::{DType, Tensor};
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
 use secateur::engine::model::lora::unit;
-use secateur::engine::model::{Checkpoint, Compute, Decoder, pad};
+use secateur::engine::model::{Checkpoint, Compute, Decoder, Rounding, pad};
 use secateur::job::preset::QloraSettings;
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};
 
@@ -18,10 +18,13 @@ fn main() {
         eprintln!("usage: cargo bench --bench engine -- MODEL_DIR");
         return;
     };
-    let compute = Compute::cpu(None);
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    forward_and_decode(&checkpoint, &compute);
-    training_step(&checkpoint, &compute);
+    for rounding in [None, Some(Rounding::Once)] {
+        let compute = Compute::cpu(rounding);
+        println!("{}", compute.name());
+        forward_and_decode(&checkpoint, &compute);
+        training_step(&checkpoint, &compute);
+    }
 }
 
 fn windows(checkpoint: &Checkpoint, count: u64, len: u64) -> Vec<Vec<u32>> {
