@@ -171,6 +171,9 @@ pub fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
         return Err(wrong(&"is larger than any real one; it is not read"));
     }
     let bytes = std::fs::read(path).map_err(|e| wrong(&e))?;
+    serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
+        .map_err(|e| wrong(&format!("is not JSON ({e})")))?;
+    // The library panics on some of what it does not expect (found by the fuzzer).
     let read = std::panic::catch_unwind(|| Tokenizer::from_bytes(&bytes));
     let mut tokenizer = match read {
         Ok(Ok(tokenizer)) => tokenizer,
