@@ -5,7 +5,10 @@
 use std::time::Instant;
 
 use candle_core::{Device, Tensor};
-use secateur::engine::model::kernel::{Packed, Path, Rounding, halves, path};
+use secateur::engine::model::kernel::left::Left;
+use secateur::engine::model::kernel::matrix::{Matrix, Side, Stored};
+use secateur::engine::model::kernel::product::product;
+use secateur::engine::model::kernel::{Rounding, path};
 
 /// Best of several, in GFLOP/s.
 fn speed(flops: f64, mut work: impl FnMut()) -> f64 {
@@ -19,8 +22,11 @@ fn speed(flops: f64, mut work: impl FnMut()) -> f64 {
 }
 
 fn main() {
-    println!("path {:?}, {} threads; GFLOP/s", path(), rayon::current_num_threads());
-    println!("{:>20}  {:>8}  {:>8}  {:>8}  {:>8}", "m x k x n", "f32", "bf16", "high", "pack ms");
+    println!("path {:?}, {} threads; GFLOP/s, packing included", path(), rayon::current_num_threads());
+    println!(
+        "{:>20}  {:>8}  {:>8}  {:>8}  {:>8}  {:>8}",
+        "m x k x n", "candle", "bf16", "high", "f32", "NF4"
+    );
     for (m, k, n) in [
         (2048, 576, 1536),
         (2048, 1536, 576),
@@ -36,18 +42,22 @@ fn main() {
         let x: Vec<f32> = (0..m * k).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
         let w: Vec<f32> = (0..n * k).map(|i| (i % 89) as f32 / 89.0 - 0.5).collect();
         let flops = 2.0 * m as f64 * k as f64 * n as f64;
-        let started = Instant::now();
-        let packed = Packed::new(&halves(&w), n, k);
-        let pack_ms = started.elapsed().as_secs_f64() * 1e3;
+        let halves: Vec<u8> = w.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect();
+        let stored = Matrix::stored(halves.into(), Stored::Bf16, n, k);
+        let nf4 = Matrix::nf4(&w, n, k);
         let left = Tensor::from_slice(&x, (m, k), &Device::Cpu).expect("a tensor");
         let right = Tensor::from_slice(&w, (n, k), &Device::Cpu).expect("a tensor").t().expect("a matrix");
-        let f32 = speed(flops, || drop(left.matmul(&right)));
-        let (bf16, high) = if path() == Path::F32 {
-            (0.0, 0.0)
-        } else {
-            let run = |rounding| speed(flops, || drop(packed.product(&x, rounding, path())));
-            (run(Rounding::Once), run(Rounding::Twice))
+        let candle = speed(flops, || drop(left.matmul(&right)));
+        let run = |matrix: &Matrix, rounding| {
+            speed(flops, || drop(product(&Left::new(&x, k, rounding), matrix, Side::Rows)))
         };
-        println!("{:>20}  {f32:>8.0}  {bf16:>8.0}  {high:>8.0}  {pack_ms:>8.2}", format!("{m} x {k} x {n}"));
+        let ours = [
+            run(&stored, Some(Rounding::Once)),
+            run(&stored, Some(Rounding::Twice)),
+            run(&stored, None),
+            run(&nf4, Some(Rounding::Once)),
+        ];
+        let columns: String = ours.iter().map(|v| format!("  {v:>8.0}")).collect();
+        println!("{:>20}  {candle:>8.0}{columns}", format!("{m} x {k} x {n}"));
     }
 }

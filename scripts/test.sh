@@ -45,9 +45,9 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 status=0
 cargo test --locked --no-fail-fast 2>&1 | tee "$log" || status=$?
-# The same numbers by every kernel there is, not only by the one this processor chooses.
-for kernel in plain f32; do
-  SECATEUR_KERNEL=$kernel cargo test --locked --test it -- parity:: 2>&1 | tee -a "$log" || status=$?
+# The same numbers by every path there is, not only by the one this processor chooses.
+for kernel in bf16 avx2 plain candle; do
+  SECATEUR_KERNEL=$kernel cargo test --locked -- kernel:: parity:: heal:: 2>&1 | tee -a "$log" || status=$?
 done
 
 # One line for all test binaries; a run without a test is no proof.

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor, Var};
 
 use crate::checkpoint::{LinearShape, Role};
 use crate::engine::eval::loglikelihood::{Request, likelihoods};
-use crate::engine::model::layer::Layer;
+use crate::engine::model::layer::{AdapterGradient, Layer};
 use crate::engine::model::lora::{Adapter, Dropout, stream_key};
 use crate::engine::model::{Config, Decoder, ops, pad};
 use crate::engine::{Cx, Error, Result};
@@ -201,6 +201,18 @@ pub fn loss_and_gradients(
     for index in (lowest..layer_count).rev() {
         let entering = seams.pop().ok_or_else(|| Error::bug("a seam is missing"))?;
         let layer = adapters.on(decoder.layer(index)?, index, draw, true);
+        if layer.is_native() {
+            let (dx, of_layer) = layer.backward(&entering, &pass, &upstream, index > lowest)?;
+            for AdapterGradient { linear, a, b } in of_layer {
+                let place = adapters.places[index].iter().find(|place| place.index == linear);
+                let at = place.ok_or_else(|| Error::bug("a gradient without an adapter"))?.at;
+                (gradients[at], gradients[at + 1]) = (Some(a), Some(b));
+            }
+            if let Some(dx) = dx {
+                upstream = dx;
+            }
+            continue;
+        }
         // Nothing is trained below the lowest adapter: its layer's input needs no gradient.
         let leaf = if index == lowest { None } else { Some(Var::from_tensor(&entering)?) };
         let x = leaf.as_ref().map_or(&entering, |v| v.as_tensor());

@@ -38,11 +38,19 @@ impl KvCache {
 }
 
 impl LayerCache {
-    /// Writes `k`, `v` `[b, kv_heads, t, head_dim]` at position `start`; gives all up to there.
-    pub fn append(&mut self, start: usize, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-        let t = k.dim(2)?;
+    /// Writes `k`, `v` `[b, kv_heads, t, head_dim]` at position `start`.
+    pub fn write(&mut self, start: usize, k: &Tensor, v: &Tensor) -> candle_core::Result<()> {
         self.keys.slice_set(&k.contiguous()?, 2, start)?;
-        self.values.slice_set(&v.contiguous()?, 2, start)?;
-        Ok((self.keys.narrow(2, 0, start + t)?, self.values.narrow(2, 0, start + t)?))
+        self.values.slice_set(&v.contiguous()?, 2, start)
+    }
+
+    /// Keys and values up to position `end`.
+    pub fn until(&self, end: usize) -> candle_core::Result<(Tensor, Tensor)> {
+        Ok((self.keys.narrow(2, 0, end)?, self.values.narrow(2, 0, end)?))
+    }
+
+    /// Keys and values with all the room behind them.
+    pub fn all(&self) -> (&Tensor, &Tensor) {
+        (&self.keys, &self.values)
     }
 }

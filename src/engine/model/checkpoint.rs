@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -24,7 +25,7 @@ pub struct Checkpoint(Arc<Inner>);
 struct Inner {
     index: Index,
     /// In the order of the index's files.
-    maps: Vec<Mmap>,
+    maps: Vec<Bytes>,
 }
 
 impl Checkpoint {
@@ -71,6 +72,12 @@ impl Checkpoint {
         Ok(&self.0.maps[info.file][info.range.start as usize..info.range.end as usize])
     }
 
+    /// The bytes of a tensor, not copied, and their type.
+    pub fn mapped(&self, name: &str) -> Result<(Bytes, Dtype)> {
+        let info = self.required(name)?;
+        Ok((self.0.maps[info.file].slice(info.range.start as usize..info.range.end as usize), info.dtype))
+    }
+
     /// A tensor on `device` as `dtype`.
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         Ok(self.stored_tensor(name, device)?.to_dtype(dtype)?)
@@ -92,15 +99,6 @@ impl Checkpoint {
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let info = self.required(name)?;
         widen(self.bytes(name)?, info.dtype).ok_or_else(|| not_a_weight(name, info.dtype))
-    }
-
-    /// A tensor's values in bfloat16, rounded where it is stored with more digits.
-    pub fn halves(&self, name: &str) -> Result<Vec<u16>> {
-        let info = self.required(name)?;
-        if info.dtype != Dtype::Bf16 {
-            return Ok(super::kernel::halves(&self.values(name)?));
-        }
-        Ok(self.bytes(name)?.par_chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
     }
 
     /// The values of a linear layer's weight `[outputs, inputs]` as float32, however the family stores it.
@@ -256,11 +254,12 @@ fn not_a_weight(name: &str, dtype: Dtype) -> Error {
     Error::model(format!("tensor {name} is {dtype}; only BF16, F16 and F32 can be used"))
 }
 
-fn map_file(path: &Path) -> Result<Mmap> {
+fn map_file(path: &Path) -> Result<Bytes> {
     let wrong = |e: std::io::Error| Error::model(format!("{}: {e}", path.display()));
     let file = File::open(path).map_err(wrong)?;
     // SAFETY: the map is read only as bytes. A file cut short by someone else while it is mapped would
     // end the process with SIGBUS: one attempt of one job, which the worker supervises.
     #[allow(unsafe_code)]
-    unsafe { Mmap::map(&file) }.map_err(wrong)
+    let map = unsafe { Mmap::map(&file) }.map_err(wrong)?;
+    Ok(Bytes::from_owner(map))
 }

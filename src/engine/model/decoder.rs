@@ -4,24 +4,27 @@
 use std::ops::Range;
 
 use candle_core::{DType, Tensor, Var};
+use rayon::prelude::*;
 
 use super::cache::KvCache;
 use super::checkpoint::Checkpoint;
+use super::kernel::left::Left;
+use super::kernel::product::product;
+use super::kernel::rows;
 use super::layer::{Layer, Norm, Pass};
-use super::quant::QuantizedLayer;
-use super::weight::Weight;
+use super::weight::{Frozen, Weight, floats, with};
 use super::{Compute, ops};
 use crate::checkpoint::Config;
 use crate::engine::{Error, Result};
 use crate::job::spec::BaseBits;
 
-/// A decoder ready to run. Layers that do not fit in memory together are read
-/// from the mapped checkpoint when their turn comes.
+/// A decoder ready to run. On the processor its weights stay in the mapped files; on another device, layers
+/// that do not fit in memory together are read when their turn comes.
 pub struct Decoder {
     checkpoint: Checkpoint,
     compute: Compute,
-    /// `[vocab, h]`; as it is stored, where the head is packed on its own.
-    embedding: Tensor,
+    /// `[vocab, h]`.
+    embedding: Weight,
     /// Learned positions, `[max_position_embeddings, h]`.
     positions: Option<Tensor>,
     final_norm: Norm,
@@ -36,8 +39,6 @@ pub struct Decoder {
 enum Stored {
     /// Ready to run.
     Resident(Box<Layer>),
-    /// Packed to 4 or 8 bits.
-    Packed(QuantizedLayer),
     /// In the mapped file only.
     OnDisk,
 }
@@ -47,9 +48,6 @@ const HEAD_ROWS: usize = 256;
 
 /// Tokens sent through a checkpoint that was just written.
 const PROOF_TOKENS: usize = 8;
-
-/// Share of the free memory that unpacked layers may take while adapters are trained over them.
-const UNPACKED_SHARE: f64 = 0.1;
 
 /// Share of the free memory that resident layers may take.
 const RESIDENT_SHARE: f64 = 0.6;
@@ -69,13 +67,10 @@ impl Decoder {
 
     /// Whether all layers fit in memory together.
     pub fn fits(checkpoint: &Checkpoint, compute: &Compute) -> bool {
-        let needed = checkpoint.parameters() as f64 * compute.weight_bytes() as f64;
-        !compute.device.is_cpu() || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE)
-    }
-
-    /// Opens a decoder whose layers stay on disk until used.
-    pub fn open_streamed(checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
-        Self::with_layers(checkpoint, compute, |_| Ok(Stored::OnDisk))
+        let needed = checkpoint.parameters() as f64 * compute.dtype.size_in_bytes() as f64;
+        compute.native()
+            || !compute.device.is_cpu()
+            || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE)
     }
 
     /// Sends a few tokens through the checkpoint called `name`: it must give numbers.
@@ -97,26 +92,15 @@ impl Decoder {
         )))
     }
 
-    /// Opens a decoder whose linear layers have the values that `bits` bits leave them. They are kept so and
-    /// unpacked when used, or, where there is plenty of memory, unpacked once.
+    /// Opens a decoder whose linear layers have the values that `bits` bits leave them, and are kept so.
     pub fn open_frozen(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Result<Self> {
-        // For products from both sides.
-        let needed = 2.0 * checkpoint.parameters() as f64 * compute.weight_bytes() as f64;
-        let plenty = compute.device.is_cpu()
-            && available_memory_bytes().is_some_and(|free| needed < free * UNPACKED_SHARE);
         Self::with_layers(checkpoint, compute, |index| {
-            let packed = match bits {
-                BaseBits::Sixteen if plenty => {
-                    return Ok(Stored::Resident(Box::new(Layer::load(checkpoint, index, compute)?)));
-                }
+            let layer = match bits {
+                BaseBits::Sixteen if compute.native() => Layer::load(checkpoint, index, compute)?,
                 BaseBits::Sixteen => return Ok(Stored::OnDisk),
-                BaseBits::Four | BaseBits::Eight => QuantizedLayer::pack(checkpoint, index, bits)?,
+                BaseBits::Four | BaseBits::Eight => Layer::quantised(checkpoint, index, bits, compute)?,
             };
-            Ok(if plenty {
-                Stored::Resident(Box::new(packed.unpack(checkpoint, index, compute)?))
-            } else {
-                Stored::Packed(packed)
-            })
+            Ok(Stored::Resident(Box::new(layer)))
         })
     }
 
@@ -128,12 +112,11 @@ impl Decoder {
         let config = checkpoint.config();
         let names = config.family.names;
         let read = |name: String| checkpoint.tensor(&name, compute.dtype, &compute.device);
-        let head = if config.tied { config.embedding() } else { format!("{}.weight", names.head) };
-        let head = Weight::load_head(checkpoint, &head, compute)?;
-        let embedding = match &head {
-            Weight::Dense(head) if config.tied => head.clone(),
-            Weight::Dense(_) => read(config.embedding())?,
-            Weight::Halves(_) => checkpoint.stored_tensor(&config.embedding(), &compute.device)?,
+        let embedding = Weight::load_vocabulary(checkpoint, &config.embedding(), compute)?;
+        let head = if config.tied {
+            embedding.clone()
+        } else {
+            Weight::load_vocabulary(checkpoint, &format!("{}.weight", names.head), compute)?
         };
         let head_bias = config.family.head_bias.then(|| read(format!("{}.bias", names.head)));
         Ok(Self {
@@ -160,7 +143,6 @@ impl Decoder {
     pub fn layer(&self, index: usize) -> Result<Layer> {
         match &self.layers[index] {
             Stored::Resident(layer) => Ok(Layer::clone(layer)),
-            Stored::Packed(packed) => packed.unpack(&self.checkpoint, index, &self.compute),
             Stored::OnDisk => Layer::load(&self.checkpoint, index, &self.compute),
         }
     }
@@ -178,8 +160,7 @@ impl Decoder {
     /// The same for tokens at positions `start..`.
     fn embed_from(&self, start: usize, tokens: &Tensor) -> Result<Tensor> {
         let (b, t) = tokens.dims2()?;
-        let x = self.embedding.embedding(&tokens.flatten_all()?)?.reshape((b, t, ()))?;
-        let mut x = x.to_dtype(self.compute.dtype)?;
+        let mut x = self.embedding.rows(&tokens.flatten_all()?, self.compute.dtype)?.reshape((b, t, ()))?;
         if self.config().embedding_scale != 1.0 {
             x = (x * self.config().embedding_scale)?;
         }
@@ -270,6 +251,9 @@ impl Decoder {
     /// [`Self::forward`] gives it, and the gradient of `scale` times their sum for `x`. Works
     /// through the vocabulary a few rows at a time.
     pub fn token_nll_backward(&self, x: &Tensor, targets: &[u32], scale: f64) -> Result<(Vec<f32>, Tensor)> {
+        if let Some(head) = self.head.frozen() {
+            return self.token_nll_native(head, x, targets, scale as f32);
+        }
         let scale = scale * self.config().logit_scale;
         let (mut nll, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
         for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
@@ -287,6 +271,46 @@ impl Decoder {
             gradients.push(store.remove(&x).ok_or_else(|| Error::bug("the final norm gave no gradient"))?);
         }
         Ok((nll, Tensor::cat(&gradients, 0)?))
+    }
+
+    fn token_nll_native(
+        &self,
+        head: &Frozen,
+        x: &Tensor,
+        targets: &[u32],
+        scale: f32,
+    ) -> Result<(Vec<f32>, Tensor)> {
+        let (n, h) = x.dims2()?;
+        let config = self.config();
+        let (logit_scale, cap) = (config.logit_scale as f32, config.final_cap.map(|cap| cap as f32));
+        let norm = self.final_norm.native()?;
+        let bias = self.head_bias.as_ref().map(floats).transpose()?;
+        let mut dx = vec![0f32; n * h];
+        let mut nll = vec![0f32; n];
+        with(x, |x| {
+            let chunks = x.chunks(HEAD_ROWS * h).zip(dx.chunks_mut(HEAD_ROWS * h));
+            for ((x, dx), (nll, targets)) in
+                chunks.zip(nll.chunks_mut(HEAD_ROWS).zip(targets.chunks(HEAD_ROWS)))
+            {
+                let normed = Left::from_rows(targets.len(), h, head.rounding, |i, out| {
+                    norm.row(&x[i * h..(i + 1) * h], out);
+                });
+                let mut logits = product(&normed, &head.matrix, head.side(false));
+                let vocab = logits.len() / targets.len();
+                logits.par_chunks_mut(vocab).zip(nll).zip(targets).for_each(|((logits, nll), target)| {
+                    if let Some(bias) = &bias {
+                        rows::add_scaled(logits, 1.0, bias);
+                    }
+                    rows::finish_logits(logits, logit_scale, cap);
+                    *nll = rows::cross_entropy(logits, *target as usize, cap, scale * logit_scale);
+                });
+                let d_normed =
+                    product(&Left::new(&logits, vocab, head.rounding), &head.matrix, head.side(true));
+                let rows = dx.par_chunks_mut(h).zip(x.par_chunks(h)).zip(d_normed.par_chunks(h));
+                rows.for_each(|((dx, x), dy)| norm.back(x, dy, dx));
+            }
+        })?;
+        Ok((nll, Tensor::from_vec(dx, (n, h), &self.compute.device)?))
     }
 }
 

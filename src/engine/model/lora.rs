@@ -69,19 +69,25 @@ impl Adapter {
 impl Dropout {
     /// 0 where dropped, 1/(1-rate) elsewhere.
     fn mask(self, (rows, columns): (usize, usize), device: &Device) -> candle_core::Result<Tensor> {
+        let mut mask = vec![1f32; rows * columns];
+        mask.par_chunks_mut(4096).enumerate().for_each(|(chunk, out)| self.apply(chunk * 4096, out));
+        Tensor::from_vec(mask, (rows, columns), device)
+    }
+
+    /// Multiplies inputs `first..`, counted through all rows, by the mask.
+    pub fn apply(self, first: usize, values: &mut [f32]) {
         let threshold = (self.rate * f64::from(1 << 16)) as u64;
         let keep = (1.0 / (1.0 - self.rate)) as f32;
-        let mut mask = vec![0f32; rows * columns];
-        mask.par_chunks_mut(4096).enumerate().for_each(|(chunk, out)| {
-            for (i, four) in out.chunks_mut(4).enumerate() {
-                let mut bits = mix(self.key ^ mix((chunk * 1024 + i) as u64));
-                for value in four {
-                    *value = if bits & 0xffff < threshold { 0.0 } else { keep };
-                    bits >>= 16;
-                }
+        let mut bits = 0;
+        for (i, value) in values.iter_mut().enumerate() {
+            // Four inputs share 64 bits of chance.
+            let at = first + i;
+            if at.is_multiple_of(4) || i == 0 {
+                bits = mix(self.key ^ mix(at as u64 / 4)) >> (at % 4 * 16);
             }
-        });
-        Tensor::from_vec(mask, (rows, columns), device)
+            *value *= if bits & 0xffff < threshold { 0.0 } else { keep };
+            bits >>= 16;
+        }
     }
 }
 

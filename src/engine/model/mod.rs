@@ -3,13 +3,11 @@
 pub mod cache;
 pub mod checkpoint;
 pub mod decoder;
-mod fused;
 pub mod generate;
 pub mod kernel;
 pub mod layer;
 pub mod lora;
 pub mod ops;
-pub mod quant;
 pub mod weight;
 
 use candle_core::{DType, Device};
@@ -26,20 +24,21 @@ pub struct Compute {
     pub device: Device,
     /// Type of activations and of weights while they are used.
     pub dtype: DType,
-    /// How products with frozen weights round on a processor that multiplies bfloat16; in float32 without.
+    /// How products with frozen weights round on a processor that multiplies bfloat16; not at all without.
     pub rounding: Option<Rounding>,
 }
 
 impl Compute {
-    /// On the processor, in float32; products with frozen weights by `rounding` where the processor can.
+    /// On the processor, in float32; products with frozen weights by `rounding` where the processor
+    /// multiplies bfloat16.
     pub fn cpu(rounding: Option<Rounding>) -> Self {
-        let rounding = rounding.filter(|_| kernel::path() != kernel::Path::F32);
+        let rounding = rounding.filter(|_| kernel::enabled() && kernel::path() >= kernel::Path::Bf16);
         Self { device: Device::Cpu, dtype: DType::F32, rounding }
     }
 
-    /// Bytes of a weight while it is used.
-    pub fn weight_bytes(&self) -> usize {
-        if self.rounding.is_some() { 2 } else { self.dtype.size_in_bytes() }
+    /// Whether our own kernels compute: then weights stay as they are stored.
+    pub fn native(&self) -> bool {
+        self.device.is_cpu() && self.dtype == DType::F32 && kernel::enabled()
     }
 
     /// What results depend on, for records.

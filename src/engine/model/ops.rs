@@ -9,15 +9,11 @@
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 
-use super::fused;
-use super::kernel::rows::Visible;
 use crate::checkpoint::Activation;
 
 /// RMS norm over the last dimension.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if fused::fits(x) {
-        fused::rms_norm(x, weight, eps)
-    } else if x.track_op() {
+    if x.track_op() {
         candle_nn::ops::rms_norm_slow(x, weight, eps as f32)
     } else {
         candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)
@@ -35,9 +31,6 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 
 /// `activation(gate) · up`.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    if fused::fits(gate) && activation == Activation::Silu {
-        return fused::gated_silu(gate, up);
-    }
     activate(gate, activation)? * up
 }
 
@@ -57,9 +50,6 @@ pub fn soft_cap(x: &Tensor, cap: f64) -> Result<Tensor> {
 
 /// Rotates pairs `(i, i + pairs)` of the first dimensions of `x [b, heads, t, d]` by `cos`, `sin` `[t, pairs]`.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    if fused::fits(x) {
-        return fused::rope(x, cos, sin);
-    }
     let (rotated, all) = (2 * cos.dim(1)?, x.dim(3)?);
     if rotated < all {
         let turned = rope(&x.narrow(3, 0, rotated)?.contiguous()?, cos, sin)?;
@@ -73,26 +63,22 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 }
 
 /// Shares of attention from `scores [.., keys]`: scaled, capped, what is not seen left out. Rows repeat the
-/// queries of `visible`; `mask` says the same as it, `[queries, keys]`, 0 or -inf, where all is not seen.
+/// queries of `mask [queries, keys]`, 0 or -inf.
 pub fn attention_shares(
     scores: &Tensor,
     scale: f64,
     cap: Option<f64>,
-    visible: Visible,
-    mask: impl FnOnce() -> Result<Option<Tensor>>,
+    mask: Option<&Tensor>,
 ) -> Result<Tensor> {
-    if fused::fits(scores) && cap.is_none() {
-        return fused::softmax(scores, scale, visible);
-    }
     let mut scores = (scores * scale)?;
     if let Some(cap) = cap {
         scores = soft_cap(&scores, cap)?;
     }
-    if let Some(mask) = mask()? {
+    if let Some(mask) = mask {
         let shape = scores.shape().clone();
         let repeated = scores.elem_count() / mask.elem_count();
         let (queries, keys) = mask.dims2()?;
-        scores = scores.reshape((repeated, queries, keys))?.broadcast_add(&mask)?.reshape(shape)?;
+        scores = scores.reshape((repeated, queries, keys))?.broadcast_add(mask)?.reshape(shape)?;
     }
     softmax(&scores)
 }

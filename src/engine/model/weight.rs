@@ -1,28 +1,34 @@
-//! Frozen matrices: dense tensors, or halves packed for our own products.
+//! Frozen matrices of a model: on the processor as they are stored, for our own kernels; dense tensors elsewhere.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 
 use super::Compute;
 use super::checkpoint::Checkpoint;
-use super::kernel::{self, Packed, Path, Rounding, path};
+use super::kernel::left::Left;
+use super::kernel::matrix::{Matrix, Side, Stored};
+use super::kernel::product::product;
+use super::kernel::{self, Rounding};
 use crate::checkpoint::Dtype;
-use crate::engine::Result;
+use crate::engine::{Error, Result};
+use crate::job::spec::BaseBits;
 
 /// A frozen matrix `[outputs, inputs]`. Cheap to clone.
 #[derive(Clone)]
 pub enum Weight {
     Dense(Tensor),
-    Halves(Arc<Halves>),
+    Frozen(Arc<Frozen>),
 }
 
-/// A matrix in bfloat16, laid out for `x Wᵀ`, and for `y W` from its first use on.
-pub struct Halves {
-    forward: Packed,
-    backward: OnceLock<Packed>,
-    rounding: Rounding,
+/// A matrix as it is stored.
+pub struct Frozen {
+    pub matrix: Matrix,
+    /// It is stored as `[inputs, outputs]`.
+    pub turned: bool,
+    /// How what it is multiplied with is rounded.
+    pub rounding: Option<Rounding>,
 }
 
 impl Weight {
@@ -36,8 +42,8 @@ impl Weight {
         Self::read(checkpoint, name, shape, checkpoint.config().family.transposed, compute)
     }
 
-    /// Reads the head `name`, which is never turned, as it may be the embedding.
-    pub fn load_head(checkpoint: &Checkpoint, name: &str, compute: &Compute) -> Result<Self> {
+    /// Reads the embedding or the head `name`, which are never turned, as they may be one.
+    pub fn load_vocabulary(checkpoint: &Checkpoint, name: &str, compute: &Compute) -> Result<Self> {
         let config = checkpoint.config();
         Self::read(checkpoint, name, (config.vocab_size, config.hidden_size), false, compute)
     }
@@ -49,35 +55,61 @@ impl Weight {
         turned: bool,
         compute: &Compute,
     ) -> Result<Self> {
+        if !compute.native() {
+            let weight = checkpoint.tensor(name, compute.dtype, &compute.device)?;
+            return Ok(Self::Dense(if turned { weight.t()?.contiguous()? } else { weight }));
+        }
+        let (bytes, dtype) = checkpoint.mapped(name)?;
+        let stored = match dtype {
+            Dtype::Bf16 => Stored::Bf16,
+            Dtype::F16 => Stored::F16,
+            Dtype::F32 => Stored::F32,
+            other => {
+                return Err(Error::model(format!(
+                    "tensor {name} is {other}; only BF16, F16 and F32 can be used"
+                )));
+            }
+        };
+        let (rows, columns) = if turned { (shape.1, shape.0) } else { shape };
+        let matrix = Matrix::stored(bytes, stored, rows, columns);
         // Two halves of the left side only help when the right side has no more digits than one.
-        let exact = checkpoint.info(name).is_some_and(|info| info.dtype == Dtype::Bf16);
-        if let Some(rounding) = compute.rounding.filter(|r| exact || *r == Rounding::Once) {
-            let rows = checkpoint.halves(name)?;
-            // A turned matrix is packed from the other side.
-            let (outputs, inputs) = if turned { (shape.1, shape.0) } else { shape };
-            let packed = Packed::new(&rows, outputs, inputs);
-            return Ok(Self::packed(if turned { packed.turned() } else { packed }, rounding));
-        }
-        let weight = checkpoint.tensor(name, compute.dtype, &compute.device)?;
-        Ok(Self::Dense(if turned { weight.t()?.contiguous()? } else { weight }))
+        let rounding = compute.rounding.filter(|r| *r == Rounding::Once || stored == Stored::Bf16);
+        Ok(Self::Frozen(Arc::new(Frozen { matrix, turned, rounding })))
     }
 
-    /// A matrix of these values, `[outputs, inputs]`.
-    pub fn of(values: Vec<f32>, shape: (usize, usize), compute: &Compute) -> Result<Self> {
-        match compute.rounding {
-            // Values that were unpacked from a few bits have no digits that bfloat16 would lose.
-            Some(rounding) => {
-                Ok(Self::packed(Packed::new(&kernel::halves(&values), shape.0, shape.1), rounding))
-            }
-            None => {
-                let weight = Tensor::from_vec(values, shape, &compute.device)?;
-                Ok(Self::Dense(weight.to_dtype(compute.dtype)?))
-            }
-        }
+    /// A matrix of these values, `[outputs, inputs]`, as `bits` bits leave them.
+    pub fn quantised(
+        values: &[f32],
+        shape: (usize, usize),
+        bits: BaseBits,
+        compute: &Compute,
+    ) -> Result<Self> {
+        let matrix = match bits {
+            BaseBits::Four => Matrix::nf4(values, shape.0, shape.1),
+            BaseBits::Eight => Matrix::int8(values, shape.0, shape.1),
+            BaseBits::Sixteen => return Err(Error::bug("16 bits need no packing")),
+        };
+        let rounding = compute.rounding.filter(|r| *r == Rounding::Once);
+        Ok(Self::Frozen(Arc::new(Frozen { matrix, turned: false, rounding })))
     }
 
-    fn packed(forward: Packed, rounding: Rounding) -> Self {
-        Self::Halves(Arc::new(Halves { forward, backward: OnceLock::new(), rounding }))
+    /// Its rows `ids`, `[n, inputs]`.
+    pub fn rows(&self, ids: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Dense(weight) => weight.embedding(ids)?.to_dtype(dtype),
+            Self::Frozen(frozen) => {
+                let ids: Vec<u32> = ids.to_vec1()?;
+                let columns = frozen.matrix.columns;
+                let mut out = vec![0f32; ids.len() * columns];
+                for (id, out) in ids.iter().zip(out.chunks_mut(columns)) {
+                    if *id as usize >= frozen.matrix.rows {
+                        candle_core::bail!("token {id} is outside the vocabulary of {}", frozen.matrix.rows)
+                    }
+                    frozen.matrix.row(*id as usize, out);
+                }
+                Tensor::from_vec(out, (ids.len(), columns), &Device::Cpu)
+            }
+        }
     }
 
     /// `x Wᵀ` for `x [m, inputs]`; its backward gives the gradient of `x` only.
@@ -91,29 +123,35 @@ impl Weight {
     }
 
     fn apply(&self, x: &Tensor, back: bool) -> candle_core::Result<Tensor> {
-        let x = x.contiguous()?;
-        if !x.track_op() {
-            return match self {
-                Self::Dense(weight) if back => x.matmul(weight),
-                Self::Dense(weight) => x.matmul(&weight.t()?),
-                Self::Halves(_) => x.apply_op1_no_bwd(&Product { weight: self.clone(), back }),
-            };
+        let native = kernel::enabled() && x.device().is_cpu() && x.dtype() == DType::F32;
+        let weight = match self {
+            Self::Frozen(frozen) if !native => Self::Dense(frozen.dense(x.dtype(), x.device())?),
+            weight => weight.clone(),
+        };
+        x.contiguous()?.apply_op1(Product { weight, back })
+    }
+
+    /// Where our own kernels can take it.
+    pub fn frozen(&self) -> Option<&Frozen> {
+        match self {
+            Self::Frozen(frozen) => Some(frozen),
+            Self::Dense(_) => None,
         }
-        x.apply_op1(Product { weight: self.clone(), back })
     }
 }
 
-impl Halves {
-    fn product(&self, x: &[f32], back: bool) -> Vec<f32> {
-        let packed = if back { self.backward.get_or_init(|| self.forward.turned()) } else { &self.forward };
-        // Who packed where the processor cannot multiply halves wants to compare.
-        let path = if path() == Path::F32 { Path::Plain } else { path() };
-        packed.product(x, self.rounding, path)
+impl Frozen {
+    /// The side for `x Wᵀ`, or for `y W`.
+    pub fn side(&self, back: bool) -> Side {
+        if self.turned == back { Side::Rows } else { Side::Columns }
     }
 
-    fn shape(&self, back: bool) -> (usize, usize) {
-        let (outputs, inputs) = (self.forward.outputs(), self.forward.inputs());
-        if back { (inputs, outputs) } else { (outputs, inputs) }
+    fn dense(&self, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        let (rows, columns) = (self.matrix.rows, self.matrix.columns);
+        let mut values = vec![0f32; rows * columns];
+        values.chunks_mut(columns).enumerate().for_each(|(i, out)| self.matrix.row(i, out));
+        let weight = Tensor::from_vec(values, (rows, columns), device)?.to_dtype(dtype)?;
+        if self.turned { weight.t()?.contiguous() } else { Ok(weight) }
     }
 }
 
@@ -148,33 +186,30 @@ impl CustomOp1 for Product {
             Weight::Dense(weight) => {
                 let (m, n, k, contiguous) = self.dims(weight, layout)?;
                 let (weight, weight_layout) = weight.storage_and_layout();
-                let candle_core::Storage::Cpu(weight) = &*weight else {
+                let Storage::Cpu(weight) = &*weight else {
                     candle_core::bail!("weight is on another device")
                 };
                 let y = x.matmul(weight, (1, m, n, k), &contiguous, &self.right(weight_layout)?)?;
                 Ok((y, Shape::from((m, n))))
             }
-            Weight::Halves(halves) => {
+            Weight::Frozen(frozen) => {
                 let (m, k) = layout.shape().dims2()?;
-                let (n, inputs) = halves.shape(self.back);
-                let CpuStorage::F32(values) = x else { candle_core::bail!("activations must be float32") };
-                if k != inputs {
-                    candle_core::bail!("{k} inputs for a matrix of {inputs}")
+                let side = frozen.side(self.back);
+                if k != frozen.matrix.depth(side) {
+                    candle_core::bail!("{k} inputs for a matrix of {}", frozen.matrix.depth(side))
                 }
-                let start = layout.start_offset();
-                let y = halves.product(&values[start..start + m * k], self.back);
-                Ok((CpuStorage::F32(y), Shape::from((m, n))))
+                let left = Left::new(slice(x, layout)?, k, frozen.rounding);
+                let y = product(&left, &frozen.matrix, side);
+                Ok((CpuStorage::F32(y.to_vec()), Shape::from((m, frozen.matrix.results(side)))))
             }
         }
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        let Weight::Dense(weight) = &self.weight else { candle_core::bail!("packed for the processor") };
+        let Weight::Dense(weight) = &self.weight else { candle_core::bail!("kept for the processor") };
         let (m, n, k, contiguous) = self.dims(weight, layout)?;
         let (weight, weight_layout) = weight.storage_and_layout();
-        let candle_core::Storage::Cuda(weight) = &*weight else {
-            candle_core::bail!("weight is on another device")
-        };
+        let Storage::Cuda(weight) = &*weight else { candle_core::bail!("weight is on another device") };
         let y = x.matmul(weight, (1, m, n, k), &contiguous, &self.right(weight_layout)?)?;
         Ok((y, Shape::from((m, n))))
     }
@@ -182,4 +217,26 @@ impl CustomOp1 for Product {
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         self.weight.apply(dy, !self.back).map(Some)
     }
+}
+
+/// The values of a layout without gaps.
+fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((from, to))) => Ok(&values[from..to]),
+        _ => candle_core::bail!("not float32 in one piece. This is a bug."),
+    }
+}
+
+/// Calls `f` with the values of a tensor on the processor.
+pub fn with<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(f(slice(storage, layout)?)),
+        _ => candle_core::bail!("not on the processor. This is a bug."),
+    }
+}
+
+pub fn floats(x: &Tensor) -> candle_core::Result<Vec<f32>> {
+    with(x, <[f32]>::to_vec)
 }

@@ -1,38 +1,30 @@
-//! What happens between products: norm, activation, softmax and rotation over rows of floats, each in one
-//! pass forward and one back.
+//! What happens between products, a row at a time: norm, rotation, activation and shares of attention, each
+//! in one pass forward and one back.
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-/// Floats per task: enough to be worth handing over.
-const TASK: usize = 1 << 14;
-
 /// A function compiled twice: for any processor, and for one with AVX-512, which is used where it is there.
 macro_rules! vectorised {
-    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $kind:ty),* $(,)?) $body:block) => {
+    ($(#[$doc:meta])* $access:vis fn $name:ident($($arg:ident: $kind:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$doc])*
-        fn $name($($arg: $kind),*) {
+        $access fn $name($($arg: $kind),*) $(-> $result)? {
             #[inline(always)]
             #[allow(clippy::inline_always)]
-            fn plain($($arg: $kind),*) $body
+            fn plain($($arg: $kind),*) $(-> $result)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-                fn wide($($arg: $kind),*) {
-                    plain($($arg),*);
+                fn wide($($arg: $kind),*) $(-> $result)? {
+                    plain($($arg),*)
                 }
                 if super::wide() {
                     // SAFETY: the features are there.
                     #[allow(unsafe_code)]
-                    unsafe {
-                        wide($($arg),*);
-                    }
-                    return;
+                    return unsafe { wide($($arg),*) };
                 }
             }
-            plain($($arg),*);
+            plain($($arg),*)
         }
     };
 }
@@ -51,207 +43,396 @@ fn exp(x: f32) -> f32 {
     power * f32::from_bits(((whole as i32 + 127) as u32) << 23)
 }
 
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
+/// The error function to 1.5e-7 (Abramowitz & Stegun, 7.1.26).
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn erf(x: f32) -> f32 {
+    let t = 1.0 / (1.0 + 0.327_591_1 * x.abs());
+    let series =
+        t * (0.254_829_6 + t * (-0.284_496_72 + t * (1.421_413_8 + t * (-1.453_152_1 + t * 1.061_405_4))));
+    (1.0 - series * exp(-x * x)).copysign(x)
+}
+
+/// Sum of sixteen lanes of `f(i)`.
+macro_rules! lanes {
+    ($len:expr, $start:expr, |$i:ident, $sum:ident| $next:expr, |$a:ident, $b:ident| $join:expr) => {{
+        let len = $len;
+        let mut lanes = [$start; 16];
+        let whole = len / 16 * 16;
+        for first in (0..whole).step_by(16) {
+            for lane in 0..16 {
+                let ($i, $sum) = (first + lane, lanes[lane]);
+                lanes[lane] = $next;
+            }
+        }
+        for $i in whole..len {
+            let $sum = lanes[0];
+            lanes[0] = $next;
+        }
+        lanes.into_iter().fold($start, |$a, $b| $join)
+    }};
+}
+
 /// Sum of products, in sixteen lanes.
 #[inline(always)]
 #[allow(clippy::inline_always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let (a, a_rest) = a.as_chunks::<16>();
-    let (b, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..16 {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
+    let (a, b) = (&a[..a.len().min(b.len())], &b[..a.len().min(b.len())]);
+    lanes!(a.len(), 0f32, |i, sum| sum + a[i] * b[i], |a, b| a + b)
 }
 
-/// RMS norm of rows of `weight.len()` values.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
-    vectorised! {
-        fn row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-            let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
-            for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * scale * w;
-            }
-        }
+vectorised! {
+    /// Sum of products.
+    pub fn product(a: &[f32], b: &[f32]) -> f32 {
+        dot(a, b)
     }
-    let mut out = vec![0f32; x.len()];
-    let h = weight.len();
-    each_row(h).call(&mut out, |i, out| row(&x[i * h..(i + 1) * h], weight, eps, out));
-    out
 }
 
-/// The gradient of [`rms_norm`] for `x`.
-pub fn rms_norm_back(x: &[f32], weight: &[f32], eps: f32, dy: &[f32]) -> Vec<f32> {
-    vectorised! {
-        fn row(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], out: &mut [f32]) {
-            let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
-            for ((out, dy), w) in out.iter_mut().zip(dy).zip(weight) {
-                *out = dy * w;
-            }
-            let along = dot(out, x) * scale * scale / x.len() as f32;
-            for (out, x) in out.iter_mut().zip(x) {
-                *out = scale * (*out - along * x);
-            }
+vectorised! {
+    /// `out += factor · x`.
+    pub fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out += factor * x;
         }
     }
-    let mut out = vec![0f32; x.len()];
-    let h = weight.len();
-    each_row(h).call(&mut out, |i, out| {
-        let at = i * h..(i + 1) * h;
-        row(&x[at.clone()], weight, eps, &dy[at], out);
-    });
-    out
 }
 
-/// `silu(gate) · up`.
-pub fn gated_silu(gate: &[f32], up: &[f32]) -> Vec<f32> {
-    vectorised! {
-        fn some(gate: &[f32], up: &[f32], out: &mut [f32]) {
-            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                *out = gate / (1.0 + exp(-gate)) * up;
-            }
+/// A norm over the last dimension.
+#[derive(Debug, Clone)]
+pub struct Norm {
+    pub weight: Vec<f32>,
+    /// Of a layer norm (mean and variance); an RMS norm has none.
+    pub bias: Option<Vec<f32>>,
+    pub eps: f32,
+}
+
+impl Norm {
+    pub fn row(&self, x: &[f32], out: &mut [f32]) {
+        match &self.bias {
+            None => rms_norm(x, &self.weight, self.eps, out),
+            Some(bias) => layer_norm(x, &self.weight, bias, self.eps, out),
         }
     }
-    let mut out = vec![0f32; gate.len()];
-    let parts = gate.par_chunks(TASK).zip(up.par_chunks(TASK));
-    out.par_chunks_mut(TASK).zip(parts).for_each(|(out, (gate, up))| some(gate, up, out));
-    out
-}
 
-/// The gradients of [`gated_silu`] for gate and up.
-pub fn gated_silu_back(gate: &[f32], up: &[f32], dy: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    vectorised! {
-        fn some(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-            for i in 0..gate.len().min(up.len()).min(dy.len()).min(d_gate.len()).min(d_up.len()) {
-                let share = 1.0 / (1.0 + exp(-gate[i]));
-                d_up[i] = dy[i] * gate[i] * share;
-                d_gate[i] = dy[i] * up[i] * share * (1.0 + gate[i] * (1.0 - share));
-            }
+    /// Adds the gradient for `x` to `dx`, of the gradient `dy` for the norm of `x`.
+    pub fn back(&self, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+        match self.bias {
+            None => rms_norm_back(x, &self.weight, self.eps, dy, dx),
+            Some(_) => layer_norm_back(x, &self.weight, self.eps, dy, dx),
         }
     }
-    let (mut d_gate, mut d_up) = (vec![0f32; gate.len()], vec![0f32; gate.len()]);
-    let parts = gate.par_chunks(TASK).zip(up.par_chunks(TASK)).zip(dy.par_chunks(TASK));
-    let out = d_gate.par_chunks_mut(TASK).zip(d_up.par_chunks_mut(TASK));
-    out.zip(parts).for_each(|((d_gate, d_up), ((gate, up), dy))| some(gate, up, dy, d_gate, d_up));
-    (d_gate, d_up)
 }
 
-/// Which keys each query of a block sees.
+vectorised! {
+    fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+        for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * w;
+        }
+    }
+}
+
+vectorised! {
+    fn rms_norm_back(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        let n = x.len();
+        let (weight, dy) = (&weight[..n], &dy[..n]);
+        let scale = 1.0 / (dot(x, x) / n as f32 + eps).sqrt();
+        let along = lanes!(n, 0f32, |i, sum| sum + dy[i] * weight[i] * x[i], |a, b| a + b);
+        let along = along * scale * scale / n as f32;
+        for (i, dx) in dx.iter_mut().enumerate().take(n) {
+            *dx += scale * (dy[i] * weight[i] - along * x[i]);
+        }
+    }
+}
+
+/// Mean, and one over the deviation.
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn moments(x: &[f32], eps: f32) -> (f32, f32) {
+    let n = x.len() as f32;
+    let mean = lanes!(x.len(), 0f32, |i, sum| sum + x[i], |a, b| a + b) / n;
+    let square = |d: f32| d * d;
+    let variance = lanes!(x.len(), 0f32, |i, sum| sum + square(x[i] - mean), |a, b| a + b) / n;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
+vectorised! {
+    fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+        let (mean, scale) = moments(x, eps);
+        for (((out, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *out = (x - mean) * scale * w + b;
+        }
+    }
+}
+
+vectorised! {
+    fn layer_norm_back(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        let n = x.len();
+        let (weight, dy) = (&weight[..n], &dy[..n]);
+        let (mean, scale) = moments(x, eps);
+        let level = lanes!(n, 0f32, |i, sum| sum + dy[i] * weight[i], |a, b| a + b) / n as f32;
+        let along = lanes!(n, 0f32, |i, sum| sum + dy[i] * weight[i] * (x[i] - mean), |a, b| a + b);
+        let along = along * scale * scale / n as f32;
+        for (i, dx) in dx.iter_mut().enumerate().take(n) {
+            *dx += scale * (dy[i] * weight[i] - level - along * (x[i] - mean));
+        }
+    }
+}
+
+/// What an MLP does to its inner values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bend {
+    Silu,
+    /// With the error function.
+    Gelu,
+    GeluTanh,
+    Relu,
+}
+
+/// Value and slope.
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn silu(x: f32) -> (f32, f32) {
+    let share = 1.0 / (1.0 + exp(-x));
+    (x * share, share * (1.0 + x * (1.0 - share)))
+}
+
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn gelu(x: f32) -> (f32, f32) {
+    let below = 0.5 + 0.5 * erf(x * std::f32::consts::FRAC_1_SQRT_2);
+    (x * below, below + x * 0.398_942_3 * exp(-0.5 * x * x))
+}
+
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn gelu_tanh(x: f32) -> (f32, f32) {
+    let root = 0.797_884_6;
+    let t = tanh(root * (x + 0.044_715 * x * x * x));
+    (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * root * (1.0 + 0.134_145 * x * x))
+}
+
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn relu(x: f32) -> (f32, f32) {
+    if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }
+}
+
+vectorised! {
+    /// `out = bend(gate) · up`, or `bend(gate)` alone when `up` is empty.
+    pub fn bent(bend: Bend, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        macro_rules! with {
+            ($f:ident) => {
+                if up.is_empty() {
+                    for (out, x) in out.iter_mut().zip(gate) {
+                        *out = $f(*x).0;
+                    }
+                } else {
+                    for ((out, x), up) in out.iter_mut().zip(gate).zip(up) {
+                        *out = $f(*x).0 * up;
+                    }
+                }
+            };
+        }
+        match bend {
+            Bend::Silu => with!(silu),
+            Bend::Gelu => with!(gelu),
+            Bend::GeluTanh => with!(gelu_tanh),
+            Bend::Relu => with!(relu),
+        }
+    }
+}
+
+vectorised! {
+    /// The gradients of [`bent`]: `gate` and `up` become theirs.
+    pub fn bent_back(bend: Bend, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        macro_rules! with {
+            ($f:ident) => {
+                if up.is_empty() {
+                    for (x, dy) in gate.iter_mut().zip(dy) {
+                        *x = dy * $f(*x).1;
+                    }
+                } else {
+                    for ((x, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+                        let (value, slope) = $f(*x);
+                        *x = dy * *up * slope;
+                        *up = dy * value;
+                    }
+                }
+            };
+        }
+        match bend {
+            Bend::Silu => with!(silu),
+            Bend::Gelu => with!(gelu),
+            Bend::GeluTanh => with!(gelu_tanh),
+            Bend::Relu => with!(relu),
+        }
+    }
+}
+
+vectorised! {
+    /// Rotates the first dimensions of a head in place: pairs `(i, i + pairs)` by the angles of its token;
+    /// back when `sign` is -1.
+    pub fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+        let pairs = cos.len();
+        let (low, high) = head.split_at_mut(pairs);
+        for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+            let (a, b) = (*low, *high);
+            *low = a * cos - b * (sign * sin);
+            *high = b * cos + a * (sign * sin);
+        }
+    }
+}
+
+/// How scores become shares: scaled, capped if there is a cap.
 #[derive(Debug, Clone, Copy)]
-pub struct Visible {
-    /// Queries of the block; rows of scores repeat them.
-    pub queries: usize,
-    pub keys: usize,
-    /// Position of the first query, counted from the first key of the block.
-    pub first: usize,
-    /// How many tokens back attention sees, itself included.
-    pub window: Option<usize>,
+pub struct Scoring {
+    pub scale: f32,
+    /// `cap · tanh(score / cap)`.
+    pub cap: Option<f32>,
 }
 
-impl Visible {
-    /// Places among the keys that a row of scores sees.
-    pub fn of(&self, row: usize) -> Range<usize> {
-        let end = (self.first + row % self.queries + 1).min(self.keys);
-        self.window.map_or(0, |window| end.saturating_sub(window))..end
-    }
-}
-
-/// Softmax of `scale · scores` over the keys that each row sees, zero elsewhere.
-pub fn softmax(scores: &[f32], scale: f32, visible: Visible) -> Vec<f32> {
+/// A row of scores becomes `exp(score - most)` over what it sees, zero elsewhere; gives their sum and `most`.
+pub fn shares(scores: &mut [f32], seen: Range<usize>, scoring: Scoring) -> (f32, f32) {
     vectorised! {
-        fn row(scores: &[f32], scale: f32, out: &mut [f32]) {
-            let most = scores.iter().fold(f32::NEG_INFINITY, |most, score| if *score > most { *score } else { most });
-            let mut lanes = [0f32; 16];
-            let (whole, rest) = out.as_chunks_mut::<16>();
-            let (scores_whole, scores_rest) = scores.as_chunks::<16>();
-            for (out, scores) in whole.iter_mut().zip(scores_whole) {
-                for i in 0..16 {
-                    out[i] = exp((scores[i] - most) * scale);
-                    lanes[i] += out[i];
+        fn go(scores: &mut [f32], scale: f32, cap: f32) -> (f32, f32) {
+            if cap > 0.0 {
+                for score in scores.iter_mut() {
+                    *score = cap * tanh(*score * scale / cap);
+                }
+            } else {
+                for score in scores.iter_mut() {
+                    *score *= scale;
                 }
             }
-            let mut sum = lanes.iter().sum::<f32>();
-            for (out, score) in rest.iter_mut().zip(scores_rest) {
-                *out = exp((score - most) * scale);
-                sum += *out;
+            let larger = |a: f32, b: f32| if b > a { b } else { a };
+            let most = lanes!(scores.len(), f32::NEG_INFINITY, |i, most| larger(most, scores[i]), |a, b| larger(a, b));
+            for score in scores.iter_mut() {
+                *score = exp(*score - most);
             }
-            let share = 1.0 / sum;
-            for out in out.iter_mut() {
-                *out *= share;
-            }
+            (lanes!(scores.len(), 0f32, |i, sum| sum + scores[i], |a, b| a + b), most)
         }
     }
-    let mut out = vec![0f32; scores.len()];
-    let keys = visible.keys;
-    each_row(keys).call(&mut out, |i, out| {
-        let seen = visible.of(i);
-        row(&scores[i * keys..(i + 1) * keys][seen.clone()], scale, &mut out[seen]);
-    });
-    out
+    scores[..seen.start].fill(0.0);
+    scores[seen.end..].fill(0.0);
+    go(&mut scores[seen], scoring.scale, scoring.cap.unwrap_or(0.0))
 }
 
-/// The gradient of [`softmax`] for the scores, of what it gave and the gradient of that.
-pub fn softmax_back(shares: &[f32], dy: &[f32], scale: f32, visible: Visible) -> Vec<f32> {
+/// A row of scores becomes its shares, and the gradient for the shares becomes that for the scores.
+/// `log_sum` is the logarithm of the sum that the shares were divided by, `along` the share-weighted mean
+/// gradient.
+pub fn shares_back(
+    scores: &mut [f32],
+    d_shares: &mut [f32],
+    seen: Range<usize>,
+    scoring: Scoring,
+    log_sum: f32,
+    along: f32,
+) {
     vectorised! {
-        fn row(shares: &[f32], dy: &[f32], scale: f32, out: &mut [f32]) {
-            let along = dot(shares, dy);
-            for ((out, share), dy) in out.iter_mut().zip(shares).zip(dy) {
-                *out = scale * share * (dy - along);
+        fn go(scores: &mut [f32], gradients: &mut [f32], scale: f32, cap: f32, log_sum: f32, along: f32) {
+            if cap > 0.0 {
+                for (score, gradient) in scores.iter_mut().zip(gradients) {
+                    let t = tanh(*score * scale / cap);
+                    *score = exp(cap * t - log_sum);
+                    *gradient = *score * (*gradient - along) * (1.0 - t * t) * scale;
+                }
+            } else {
+                for (score, gradient) in scores.iter_mut().zip(gradients) {
+                    *score = exp(*score * scale - log_sum);
+                    *gradient = *score * (*gradient - along) * scale;
+                }
             }
         }
     }
-    let mut out = vec![0f32; shares.len()];
-    let keys = visible.keys;
-    each_row(keys).call(&mut out, |i, out| {
-        let (seen, at) = (visible.of(i), i * keys..(i + 1) * keys);
-        row(&shares[at.clone()][seen.clone()], &dy[at][seen.clone()], scale, &mut out[seen]);
-    });
-    out
+    for row in [&mut *scores, &mut *d_shares] {
+        row[..seen.start].fill(0.0);
+        row[seen.end..].fill(0.0);
+    }
+    let (scores, gradients) = (&mut scores[seen.clone()], &mut d_shares[seen]);
+    go(scores, gradients, scoring.scale, scoring.cap.unwrap_or(0.0), log_sum, along);
 }
 
-/// Rotates the first dimensions of rows `[…, t, d]`: pairs `(i, i + pairs)` by the angles of their token,
-/// `[t, pairs]`; back when `sign` is -1.
-pub fn rotate(x: &[f32], d: usize, cos: &[f32], sin: &[f32], pairs: usize, sign: f32) -> Vec<f32> {
+/// What a row of logits says of a token.
+#[derive(Debug, Clone, Copy)]
+pub struct Said {
+    /// `ln p(token)`, in nats.
+    pub log_likelihood: f64,
+    /// The token is the first of the likeliest.
+    pub greedy: bool,
+}
+
+/// Caps and scales a row of logits in place.
+pub fn finish_logits(logits: &mut [f32], scale: f32, cap: Option<f32>) {
     vectorised! {
-        fn row(x: &[f32], cos: &[f32], sin: &[f32], sign: f32, out: &mut [f32]) {
-            let pairs = cos.len();
-            let (x_low, x_high) = x.split_at(pairs);
-            let (low, high) = out.split_at_mut(pairs);
-            for i in 0..pairs.min(x_high.len()).min(sin.len()).min(high.len()) {
-                let sin = sign * sin[i];
-                low[i] = x_low[i] * cos[i] - x_high[i] * sin;
-                high[i] = x_high[i] * cos[i] + x_low[i] * sin;
+        fn go(logits: &mut [f32], scale: f32, cap: f32) {
+            if cap > 0.0 {
+                for logit in logits.iter_mut() {
+                    *logit = cap * tanh(*logit * scale / cap);
+                }
+            } else {
+                for logit in logits.iter_mut() {
+                    *logit *= scale;
+                }
             }
-            high[pairs..].copy_from_slice(&x_high[pairs..]);
         }
     }
-    let mut out = vec![0f32; x.len()];
-    let t = cos.len() / pairs;
-    each_row(d).call(&mut out, |i, out| {
-        let token = i % t * pairs..(i % t + 1) * pairs;
-        row(&x[i * d..(i + 1) * d], &cos[token.clone()], &sin[token], sign, out);
-    });
-    out
-}
-
-/// Work on rows of one width, side by side.
-struct EachRow(usize);
-
-const fn each_row(width: usize) -> EachRow {
-    EachRow(width)
-}
-
-impl EachRow {
-    fn call(&self, out: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
-        let rows = (TASK / self.0).max(1);
-        out.par_chunks_mut(rows * self.0).enumerate().for_each(|(task, out)| {
-            for (i, row) in out.chunks_mut(self.0).enumerate() {
-                work(task * rows + i, row);
-            }
-        });
+    if scale != 1.0 || cap.is_some() {
+        go(logits, scale, cap.unwrap_or(0.0));
     }
+}
+
+vectorised! {
+    /// The largest logit, and the sum of `exp(logit - largest)`.
+    fn mass(logits: &[f32]) -> (f32, f64) {
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let most = lanes!(logits.len(), f32::NEG_INFINITY, |i, most| larger(most, logits[i]), |a, b| larger(a, b));
+        // Short sums in float32, their sum in float64.
+        let mut sum = 0f64;
+        for part in logits.chunks(1024) {
+            sum += f64::from(lanes!(part.len(), 0f32, |i, sum| sum + exp(part[i] - most), |a, b| a + b));
+        }
+        (most, sum)
+    }
+}
+
+/// How likely `token` is by finished logits.
+pub fn likelihood(logits: &[f32], token: usize) -> Said {
+    let (most, sum) = mass(logits);
+    let greedy = logits[token] >= most && !logits[..token].contains(&most);
+    Said { log_likelihood: f64::from(logits[token]) - f64::from(most) - sum.ln(), greedy }
+}
+
+/// `-ln p(token)`, in nats; finished logits become `factor` times its gradient for the logits before they were
+/// capped and scaled, the latter of which `factor` has to hold.
+pub fn cross_entropy(logits: &mut [f32], token: usize, cap: Option<f32>, factor: f32) -> f32 {
+    vectorised! {
+        fn go(logits: &mut [f32], cap: f32, most: f32, share: f32, factor: f32) {
+            if cap > 0.0 {
+                for logit in logits.iter_mut() {
+                    // d/dx cap·tanh(x/cap) = 1 - tanh², and the capped logit is cap·tanh.
+                    let t = *logit / cap;
+                    *logit = exp(*logit - most) * share * factor * (1.0 - t * t);
+                }
+            } else {
+                for logit in logits.iter_mut() {
+                    *logit = exp(*logit - most) * share * factor;
+                }
+            }
+        }
+    }
+    let said = likelihood(logits, token);
+    let (most, sum) = mass(logits);
+    let slope = cap.map_or(1.0, |cap| 1.0 - (logits[token] / cap).powi(2));
+    go(logits, cap.unwrap_or(0.0), most, (1.0 / sum) as f32, factor);
+    logits[token] -= factor * slope;
+    -said.log_likelihood as f32
 }
 
 #[cfg(test)]
@@ -266,5 +447,79 @@ mod tests {
             assert!((f64::from(exp(x)) / want - 1.0).abs() < 3e-7, "{x}: {} {want}", exp(x));
         }
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(-1000.0) < 2e-38);
+    }
+
+    /// The slope of `f` at `x`, from the values around it.
+    fn slope(f: impl Fn(f32) -> f64, x: f32) -> f64 {
+        (f(x + 1e-2) - f(x - 1e-2)) / f64::from((x + 1e-2) - (x - 1e-2))
+    }
+
+    #[test]
+    fn slopes_are_those_of_the_values() {
+        for bend in [Bend::Silu, Bend::Gelu, Bend::GeluTanh, Bend::Relu] {
+            let value = |x: f32| {
+                let mut out = [0.0];
+                bent(bend, &[x], &[2.0], &mut out);
+                f64::from(out[0])
+            };
+            for i in -50..50 {
+                let x = i as f32 / 10.0 + 0.03;
+                let (mut gate, mut up) = ([x], [2.0]);
+                bent_back(bend, &mut gate, &mut up, &[1.5]);
+                assert!((f64::from(gate[0]) - 1.5 * slope(value, x)).abs() < 1e-3, "{bend:?} {x}: {gate:?}");
+                assert!((f64::from(up[0]) - 1.5 * value(x) / 2.0).abs() < 1e-5, "{bend:?} {x}: {up:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn norms_back_are_the_gradients_of_norms() {
+        let x: Vec<f32> = (0..37).map(|i| ((i * 7 % 11) as f32 - 5.0) / 3.0).collect();
+        let dy: Vec<f32> = (0..37).map(|i| ((i * 5 % 13) as f32 - 6.0) / 4.0).collect();
+        let weight: Vec<f32> = (0..37).map(|i| 1.0 + (i % 3) as f32 / 5.0).collect();
+        for bias in [None, Some(vec![0.5; 37])] {
+            let norm = Norm { weight: weight.clone(), bias, eps: 1e-5 };
+            let sum = |x: &[f32]| {
+                let mut out = vec![0.0; 37];
+                norm.row(x, &mut out);
+                out.iter().zip(&dy).map(|(a, b)| f64::from(a * b)).sum::<f64>()
+            };
+            let mut dx = vec![1.0; 37];
+            norm.back(&x, &dy, &mut dx);
+            for i in 0..37 {
+                let moved = |v: f32| {
+                    let mut x = x.clone();
+                    x[i] = v;
+                    sum(&x)
+                };
+                let want = slope(moved, x[i]) + 1.0;
+                assert!((f64::from(dx[i]) - want).abs() < 2e-3, "{i}: {} {want}", dx[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn cross_entropy_agrees_with_float64_and_its_own_slope() {
+        let logits: Vec<f32> = (0..100).map(|i| ((i * 37 % 101) as f32 - 50.0) / 10.0).collect();
+        for cap in [None, Some(3.0)] {
+            let nll = |raw: &[f32]| {
+                let mut row = raw.to_vec();
+                finish_logits(&mut row, 0.5, cap);
+                let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+                (row.clone(), sum.ln() - f64::from(row[7]))
+            };
+            let (mut row, want) = nll(&logits);
+            let got = cross_entropy(&mut row, 7, cap, 0.5 * 2.0);
+            assert!((f64::from(got) - want).abs() < 1e-5, "{got} {want}");
+            for i in [0, 7, 50, 99] {
+                let moved = |v: f32| {
+                    let mut raw = logits.clone();
+                    raw[i] = v;
+                    nll(&raw).1
+                };
+                let want = 2.0 * slope(moved, logits[i]);
+                assert!((f64::from(row[i]) - want).abs() < 1e-3, "{i}: {} {want}", row[i]);
+            }
+        }
     }
 }

@@ -7,8 +7,8 @@ use crate::checkpoint::family::Qkv;
 use crate::checkpoint::{Config, Role};
 use crate::engine::Result;
 use crate::engine::model::cache::LayerCache;
-use crate::engine::model::kernel::rows::Visible;
 use crate::engine::model::ops;
+use crate::engine::model::weight::floats;
 
 /// Queries that attend at once. Bounds the score matrix to `heads × 256 × keys`
 /// a sequence and skips the keys that no query of the block may see.
@@ -25,11 +25,28 @@ pub struct Pass {
     blocks: Vec<(Option<usize>, Vec<Attendable>)>,
 }
 
+/// Cosines and sines by token.
+pub struct Angles {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    pairs: usize,
+}
+
+impl Angles {
+    /// Those of the `token`-th token of the pass.
+    pub fn of(&self, token: usize) -> (&[f32], &[f32]) {
+        let at = token * self.pairs..(token + 1) * self.pairs;
+        (&self.cos[at.clone()], &self.sin[at])
+    }
+}
+
 /// What a block of queries may see.
 struct Attendable {
     queries: std::ops::Range<usize>,
     keys: std::ops::Range<usize>,
-    visible: Visible,
+    /// Position of the first query, counted from the first key.
+    first: usize,
+    window: Option<usize>,
 }
 
 impl Pass {
@@ -52,6 +69,17 @@ impl Pass {
         Ok(Self { rotations, start, len, blocks })
     }
 
+    /// Position of the first token.
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// The angles of one of the model's rotations.
+    pub fn angles(&self, rope: Option<usize>) -> candle_core::Result<Option<Angles>> {
+        let Some((cos, sin)) = rope.map(|rope| &self.rotations[rope]) else { return Ok(None) };
+        Ok(Some(Angles { cos: floats(cos)?, sin: floats(sin)?, pairs: cos.dim(1)? }))
+    }
+
     fn blocks(&self, window: Option<usize>) -> &[Attendable] {
         let found = self.blocks.iter().find(|(w, _)| *w == window);
         &found.expect("every window of the model has blocks. This is a bug.").1
@@ -63,8 +91,7 @@ impl Attendable {
         let first_key = window.map_or(0, |w| (start + queries.start + 1).saturating_sub(w));
         let keys = first_key..start + queries.end;
         let first = start + queries.start - first_key;
-        let visible = Visible { queries: queries.len(), keys: keys.len(), first, window };
-        Self { queries, keys, visible }
+        Self { queries, keys, first, window }
     }
 
     /// `[queries, keys]`: 0 or -inf; none when all is visible.
@@ -72,7 +99,8 @@ impl Attendable {
         let (queries, keys) = (self.queries.len(), self.keys.len());
         let mut mask = vec![f32::NEG_INFINITY; queries * keys];
         for (query, row) in mask.chunks_exact_mut(keys).enumerate() {
-            row[self.visible.of(query)].fill(0.0);
+            let end = self.first + query + 1;
+            row[self.window.map_or(0, |window| end.saturating_sub(window))..end].fill(0.0);
         }
         if mask.iter().all(|m| *m == 0.0) {
             return Ok(None);
@@ -82,8 +110,7 @@ impl Attendable {
 }
 
 impl Layer {
-    /// The stream `[b, t, h]` leaving the layer, for the stream entering it.
-    pub fn forward(
+    pub(super) fn forward_candle(
         &self,
         x: &Tensor,
         pass: &Pass,
@@ -137,7 +164,8 @@ impl Layer {
         let mut k = pass.rotate(&self.k_norm.of_heads(&k)?, s.layer.rope)?;
         let mut v = v;
         if let Some(cache) = cache {
-            (k, v) = cache.append(pass.start, &k, &v)?;
+            cache.write(pass.start, &k, &v)?;
+            (k, v) = cache.until(pass.start + t)?;
         }
         let group = s.heads / s.kv_heads;
         let mut outputs = Vec::new();
@@ -151,9 +179,8 @@ impl Layer {
                 kv.reshape((b * s.kv_heads, tk, s.head_dim))
             };
             let scores = q.matmul(&seen(&k)?.t()?)?;
-            let mask = || block.mask(scores.dtype(), scores.device());
-            let shares =
-                ops::attention_shares(&scores, s.attention_scale, s.attention_cap, block.visible, mask)?;
+            let mask = block.mask(scores.dtype(), scores.device())?;
+            let shares = ops::attention_shares(&scores, s.attention_scale, s.attention_cap, mask.as_ref())?;
             let y = shares.matmul(&seen(&v)?)?;
             outputs.push(y.reshape((b, s.heads, tq, s.head_dim))?);
         }

@@ -2,12 +2,15 @@
 
 mod candle;
 mod experts;
+mod native;
 
 use candle_core::{DType, Tensor};
 
 pub use candle::Pass;
+pub use native::AdapterGradient;
 
 use self::experts::Experts;
+use super::cache::LayerCache;
 use super::checkpoint::Checkpoint;
 use super::lora::Adapter;
 use super::weight::Weight;
@@ -15,6 +18,7 @@ use super::{Compute, ops};
 use crate::checkpoint::family::{Norm as NormKind, QkNorm, Qkv};
 use crate::checkpoint::{Activation, Config, LayerShape, Role};
 use crate::engine::{Error, Result};
+use crate::job::spec::BaseBits;
 
 /// A decoder layer with its weights at hand: attention and MLP, each with the norms around it that the
 /// family has. Cheap to clone.
@@ -88,8 +92,24 @@ impl Layer {
         Self::with_weights(checkpoint, index, compute, weight)
     }
 
+    /// Reads layer `index` with the values that `bits` bits leave its linear layers.
+    pub fn quantised(
+        checkpoint: &Checkpoint,
+        index: usize,
+        bits: BaseBits,
+        compute: &Compute,
+    ) -> Result<Self> {
+        let config = checkpoint.config();
+        Self::with_weights(checkpoint, index, compute, |i| {
+            let linear = config.linears(index)[i];
+            let name = format!("{}.weight", config.in_layer(index, linear.name));
+            let shape = (linear.outputs, linear.inputs);
+            Weight::quantised(&checkpoint.linear_values(&name, shape)?, shape, bits, compute)
+        })
+    }
+
     /// Reads norms and biases of layer `index`; `weight(i)` gives the weight of linear layer `i`.
-    pub fn with_weights(
+    fn with_weights(
         checkpoint: &Checkpoint,
         index: usize,
         compute: &Compute,
@@ -131,6 +151,21 @@ impl Layer {
             self.linears[linear].adapter = Some(adapter);
         }
         self
+    }
+
+    /// The stream `[b, t, h]` leaving the layer, for the stream entering it: on our own kernels where they
+    /// cover the layer and no graph is wanted, else by candle.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut LayerCache>,
+    ) -> candle_core::Result<Tensor> {
+        if self.is_native() && !x.track_op() {
+            self.forward_native(x, pass, cache)
+        } else {
+            self.forward_candle(x, pass, cache)
+        }
     }
 
     fn linear(&self, role: Role) -> Option<&Linear> {

@@ -1,86 +1,48 @@
-//! Frozen weights in 4 or 8 bits: NF4 with double quantisation as in QLoRA
-//! (Dettmers et al., arXiv 2305.14314, sections 3.1-3.2; bitsandbytes' order of
-//! nibbles and block sizes), and blockwise absmax int8.
+//! Weights in 4 or 8 bits: NF4 with double quantisation as in QLoRA (Dettmers et al., arXiv 2305.14314,
+//! sections 3.1-3.2; bitsandbytes' order of nibbles and block sizes), and blockwise absmax int8.
 //!
-//! Weights are unpacked one layer at a time, when the layer's turn comes, so
-//! forward and backward see exactly the same function.
+//! They are unpacked on the way into a product, forward and backward alike, and nowhere kept.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use rayon::prelude::*;
 
-use super::Compute;
-use super::checkpoint::Checkpoint;
-use super::layer::Layer;
-use super::weight::Weight;
-use crate::checkpoint::LinearShape;
-use crate::engine::{Error, Result};
-use crate::job::spec::BaseBits;
+use super::matrix::Decode;
 
 /// Weights that share one scale.
 const BLOCK: usize = 64;
 /// Scales that share one scale of their own.
 const SCALE_BLOCK: usize = 256;
 
-/// The linear layers of one decoder layer, packed.
-pub struct QuantizedLayer {
-    linears: Vec<Packed>,
+/// Four bits a weight. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Nf4 {
+    /// Two weights a byte, the first in the high nibble.
+    codes: Arc<[u8]>,
+    scales: Arc<Scales>,
 }
 
-impl QuantizedLayer {
-    /// Packs the linear layers of layer `index`.
-    pub fn pack(checkpoint: &Checkpoint, index: usize, bits: BaseBits) -> Result<Self> {
-        let config = checkpoint.config();
-        let pack = |linear: &LinearShape| {
-            let name = format!("{}.weight", config.in_layer(index, linear.name));
-            let weights = checkpoint.linear_values(&name, (linear.outputs, linear.inputs))?;
-            match bits {
-                BaseBits::Four => Ok(Packed::nf4(&weights)),
-                BaseBits::Eight => Ok(Packed::int8(&weights)),
-                BaseBits::Sixteen => Err(Error::bug("16 bits need no packing")),
-            }
-        };
-        Ok(Self { linears: config.linears(index).iter().map(pack).collect::<Result<_>>()? })
-    }
-
-    /// The layer, ready to use.
-    pub fn unpack(&self, checkpoint: &Checkpoint, index: usize, compute: &Compute) -> Result<Layer> {
-        Layer::with_weights(checkpoint, index, compute, |i| {
-            let linear = checkpoint.config().linears(index)[i];
-            let values = self.linears[i].unpack(linear.outputs * linear.inputs);
-            Weight::of(values, (linear.outputs, linear.inputs), compute)
-        })
-    }
-}
-
-/// One packed tensor.
-pub enum Packed {
-    Nf4 {
-        /// Two weights a byte, the first in the high nibble.
-        codes: Vec<u8>,
-        scales: Scales,
-    },
-    Int8 {
-        codes: Vec<i8>,
-        /// Absolute maximum of each block.
-        scales: Vec<f32>,
-    },
+/// Eight bits a weight. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Int8 {
+    codes: Arc<[i8]>,
+    /// What a code of 1 is worth, for each block.
+    scales: Arc<[f32]>,
 }
 
 /// The absolute maxima of all blocks, quantised themselves: 8-bit codes of
 /// their distance from the mean, one float32 scale for 256 of them.
-pub struct Scales {
+struct Scales {
     codes: Vec<u8>,
     scales: Vec<f32>,
     mean: f32,
 }
 
-impl Packed {
-    pub fn nf4(weights: &[f32]) -> Self {
+impl Nf4 {
+    pub fn pack(weights: &[f32]) -> Self {
         let maxima: Vec<f32> = weights.par_chunks(BLOCK).map(absolute_maximum).collect();
-        let codes = weights
-            .par_chunks(BLOCK)
-            .zip(&maxima)
+        let blocks = weights.par_chunks(BLOCK).zip(&maxima);
+        let codes: Vec<u8> = blocks
             .flat_map_iter(|(block, maximum)| {
                 let inverse = if *maximum > 0.0 { 1.0 / maximum } else { 0.0 };
                 block.chunks(2).map(move |pair| {
@@ -89,50 +51,75 @@ impl Packed {
                 })
             })
             .collect();
-        Self::Nf4 { codes, scales: Scales::pack(&maxima) }
+        Self { codes: codes.into(), scales: Arc::new(Scales::pack(&maxima)) }
+    }
+}
+
+#[allow(clippy::inline_always)]
+impl Decode for Nf4 {
+    #[inline(always)]
+    fn value(&self, at: usize) -> f32 {
+        let code = self.codes[at / 2] >> (4 * (1 - at % 2)) & 15;
+        NF4[usize::from(code)] * self.scales.of(at / BLOCK)
     }
 
-    pub fn int8(weights: &[f32]) -> Self {
-        let scales: Vec<f32> = weights.par_chunks(BLOCK).map(absolute_maximum).collect();
-        let codes = weights
-            .par_chunks(BLOCK)
-            .zip(&scales)
-            .flat_map_iter(|(block, scale)| {
-                let inverse = if *scale > 0.0 { 127.0 / scale } else { 0.0 };
+    #[inline(always)]
+    fn sixteen<const WIDE: bool>(&self, at: usize) -> [f32; 16] {
+        if !at.is_multiple_of(16) {
+            return std::array::from_fn(|i| self.value(at + i));
+        }
+        let scale = self.scales.of(at / BLOCK);
+        let codes = &self.codes[at / 2..at / 2 + 8];
+        let index: [i32; 16] = std::array::from_fn(|i| i32::from(codes[i / 2] >> (4 * (1 - i % 2)) & 15));
+        #[cfg(target_arch = "x86_64")]
+        if WIDE {
+            use std::arch::x86_64::{
+                _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set1_ps,
+                _mm512_storeu_ps,
+            };
+            let mut out = [0f32; 16];
+            // SAFETY: all are sixteen values of four bytes; the processor has AVX-512 where `WIDE` is true.
+            #[allow(unsafe_code)]
+            unsafe {
+                let index = _mm512_loadu_si512(index.as_ptr().cast());
+                let levels = _mm512_permutexvar_ps(index, _mm512_loadu_ps(NF4.as_ptr()));
+                _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(levels, _mm512_set1_ps(scale)));
+            }
+            return out;
+        }
+        index.map(|i| NF4[i as usize] * scale)
+    }
+}
+
+impl Int8 {
+    pub fn pack(weights: &[f32]) -> Self {
+        let maxima: Vec<f32> = weights.par_chunks(BLOCK).map(absolute_maximum).collect();
+        let blocks = weights.par_chunks(BLOCK).zip(&maxima);
+        let codes: Vec<i8> = blocks
+            .flat_map_iter(|(block, maximum)| {
+                let inverse = if *maximum > 0.0 { 127.0 / maximum } else { 0.0 };
                 block.iter().map(move |w| (w * inverse).round() as i8)
             })
             .collect();
-        Self::Int8 { codes, scales }
+        Self { codes: codes.into(), scales: maxima.iter().map(|m| m / 127.0).collect() }
+    }
+}
+
+#[allow(clippy::inline_always)]
+impl Decode for Int8 {
+    #[inline(always)]
+    fn value(&self, at: usize) -> f32 {
+        f32::from(self.codes[at]) * self.scales[at / BLOCK]
     }
 
-    /// The `count` weights, as float32.
-    pub fn unpack(&self, count: usize) -> Vec<f32> {
-        let mut out = vec![0f32; count];
-        match self {
-            Self::Nf4 { codes, scales } => {
-                let scales = scales.unpack();
-                let blocks = out.par_chunks_mut(BLOCK).zip(codes.par_chunks(BLOCK / 2)).zip(&scales);
-                blocks.for_each(|((out, codes), scale)| {
-                    let levels = NF4.map(|level| level * scale);
-                    for (pair, code) in out.chunks_mut(2).zip(codes) {
-                        pair[0] = levels[usize::from(code >> 4)];
-                        if let Some(second) = pair.get_mut(1) {
-                            *second = levels[usize::from(code & 15)];
-                        }
-                    }
-                });
-            }
-            Self::Int8 { codes, scales } => {
-                let blocks = out.par_chunks_mut(BLOCK).zip(codes.par_chunks(BLOCK)).zip(scales);
-                blocks.for_each(|((out, codes), scale)| {
-                    let scale = scale / 127.0;
-                    for (weight, code) in out.iter_mut().zip(codes) {
-                        *weight = f32::from(*code) * scale;
-                    }
-                });
-            }
+    #[inline(always)]
+    fn sixteen<const WIDE: bool>(&self, at: usize) -> [f32; 16] {
+        if !at.is_multiple_of(16) {
+            return std::array::from_fn(|i| self.value(at + i));
         }
-        out
+        let scale = self.scales[at / BLOCK];
+        let codes = &self.codes[at..at + 16];
+        std::array::from_fn(|i| f32::from(codes[i]) * scale)
     }
 }
 
@@ -149,10 +136,10 @@ impl Scales {
         Self { codes, scales, mean }
     }
 
-    fn unpack(&self) -> Vec<f32> {
-        let blocks = self.codes.chunks(SCALE_BLOCK).zip(&self.scales);
-        let value = |code: &u8, scale: f32| DYNAMIC[usize::from(*code)] * scale + self.mean;
-        blocks.flat_map(|(codes, scale)| codes.iter().map(move |code| value(code, *scale))).collect()
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
+    fn of(&self, block: usize) -> f32 {
+        DYNAMIC[usize::from(self.codes[block])] * self.scales[block / SCALE_BLOCK] + self.mean
     }
 }
 
@@ -215,6 +202,7 @@ fn nearest_dynamic(x: f32) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::model::kernel::matrix::Matrix;
     use crate::engine::model::lora::unit;
 
     /// Sum of twelve uniforms: near enough to normal.
@@ -223,8 +211,16 @@ mod tests {
         (0..count).map(|i| one(i) as f32 * 0.02).collect()
     }
 
-    fn relative_error(packed: &Packed, weights: &[f32]) -> f64 {
-        let unpacked = packed.unpack(weights.len());
+    fn values(matrix: &Matrix) -> Vec<f32> {
+        let mut out = vec![0.0; matrix.rows * matrix.columns];
+        for (i, out) in out.chunks_mut(matrix.columns).enumerate() {
+            matrix.row(i, out);
+        }
+        out
+    }
+
+    fn relative_error(matrix: &Matrix, weights: &[f32]) -> f64 {
+        let unpacked = values(matrix);
         let square = |x: f32| f64::from(x) * f64::from(x);
         let error: f64 = unpacked.iter().zip(weights).map(|(a, b)| square(a - b)).sum();
         (error / weights.iter().map(|w| square(*w)).sum::<f64>()).sqrt()
@@ -233,28 +229,28 @@ mod tests {
     #[test]
     fn nf4_keeps_normal_weights_to_the_error_the_format_has() {
         let weights = normal(1 << 16);
-        let error = relative_error(&Packed::nf4(&weights), &weights);
+        let error = relative_error(&Matrix::nf4(&weights, 256, 256), &weights);
         assert!((0.085..0.097).contains(&error), "{error}");
     }
 
     #[test]
     fn int8_is_an_order_closer() {
         let weights = normal(1 << 16);
-        let error = relative_error(&Packed::int8(&weights), &weights);
+        let error = relative_error(&Matrix::int8(&weights, 256, 256), &weights);
         assert!(error < 0.01, "{error}");
     }
 
     #[test]
     fn levels_come_back_as_they_were_and_odd_sizes_work() {
         let weights: Vec<f32> = NF4.iter().cycle().take(64 * 3 + 5).copied().collect();
-        let unpacked = Packed::nf4(&weights).unpack(weights.len());
+        let unpacked = values(&Matrix::nf4(&weights, 1, weights.len()));
         // The last block's maximum is below 1 and moves the mean of the scales a little.
         for (got, want) in unpacked.iter().zip(&weights).take(64 * 3) {
             assert!((got - want).abs() < 0.01, "{got} {want}");
         }
         let zeros = vec![0.0; 100];
-        assert_eq!(Packed::nf4(&zeros).unpack(100), zeros);
-        assert_eq!(Packed::int8(&zeros).unpack(100), zeros);
+        assert_eq!(values(&Matrix::nf4(&zeros, 10, 10)), zeros);
+        assert_eq!(values(&Matrix::int8(&zeros, 10, 10)), zeros);
     }
 
     #[test]

@@ -1,0 +1,158 @@
+//! Memory for activations that is used again: a layer's buffers are the next layer's.
+//!
+//! Freshly mapped pages cost more than what is computed in them; a pool of what was dropped costs nothing.
+
+use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::Mutex;
+
+/// A cache line. Tiles and lines of strips want to start at one.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Line(pub [f32; 16]);
+
+/// `len` floats at the start of a cache line. New ones hold what was there before: numbers, but any.
+pub struct Buffer {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+/// Buffers that were dropped, by their size class.
+static POOL: Mutex<Pool> = Mutex::new(Pool { free: BTreeMap::new(), lines: 0 });
+
+struct Pool {
+    free: BTreeMap<usize, Vec<Vec<Line>>>,
+    /// In all of them.
+    lines: usize,
+}
+
+/// What the pool keeps at most, in lines: a gigabyte would be missed elsewhere.
+const MOST_LINES: usize = (256 << 20) / 64;
+
+impl Buffer {
+    /// Room for `len` values that the caller writes before reading.
+    pub fn new(len: usize) -> Self {
+        let class = class(len.div_ceil(16));
+        let found = POOL.lock().ok().and_then(|mut pool| {
+            let lines = pool.free.get_mut(&class)?.pop()?;
+            pool.lines -= class;
+            Some(lines)
+        });
+        Self { lines: found.unwrap_or_else(|| vec![Line([0.0; 16]); class]), len }
+    }
+
+    pub fn zeros(len: usize) -> Self {
+        let mut buffer = Self::new(len);
+        buffer.fill(0.0);
+        buffer
+    }
+
+    pub fn from_slice(values: &[f32]) -> Self {
+        let mut buffer = Self::new(values.len());
+        buffer.copy_from_slice(values);
+        buffer
+    }
+
+    /// All of it, in lines.
+    pub fn lines(&self) -> &[Line] {
+        &self.lines
+    }
+
+    pub fn lines_mut(&mut self) -> &mut [Line] {
+        &mut self.lines
+    }
+}
+
+/// Rounded up to an eighth of the next power of two, so that sizes that differ a little share buffers.
+fn class(lines: usize) -> usize {
+    let step = (lines.next_power_of_two() / 8).max(1);
+    lines.div_ceil(step) * step
+}
+
+/// Gives all kept memory back.
+pub fn clear() {
+    if let Ok(mut pool) = POOL.lock() {
+        pool.free.clear();
+        pool.lines = 0;
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        if let Ok(mut pool) = POOL.lock()
+            && pool.lines + lines.len() <= MOST_LINES
+        {
+            pool.lines += lines.len();
+            pool.free.entry(lines.len()).or_default().push(lines);
+        }
+    }
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        Self::from_slice(self)
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &floats(&self.lines)[..self.len]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut floats_mut(&mut self.lines)[..self.len]
+    }
+}
+
+pub fn floats(lines: &[Line]) -> &[f32] {
+    // SAFETY: a `Line` is sixteen floats without a gap.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16)
+    }
+}
+
+pub fn floats_mut(lines: &mut [Line]) -> &mut [f32] {
+    // SAFETY: as above, and any bits are floats.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16)
+    }
+}
+
+/// The bits of floats.
+pub fn words(floats: &[f32]) -> &[u32] {
+    // SAFETY: of one size and alignment, and any bits are words.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts(floats.as_ptr().cast(), floats.len())
+    }
+}
+
+/// Floats to be written as bits.
+pub fn words_mut(floats: &mut [f32]) -> &mut [u32] {
+    // SAFETY: of one size and alignment, and any bits are both.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), floats.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_starts_at_a_cache_line_and_has_the_length_asked_for() {
+        for len in [0, 1, 15, 16, 17, 1000, 99_999] {
+            let buffer = Buffer::zeros(len);
+            assert_eq!((buffer.len(), buffer.as_ptr() as usize % 64), (len, 0));
+            assert!(class(len.div_ceil(16)) * 16 >= len && class(len.div_ceil(16)) * 16 <= len * 5 / 4 + 32);
+        }
+    }
+}

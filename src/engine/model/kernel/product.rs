@@ -1,0 +1,434 @@
+//! Sums of products of rows with frozen matrices: the one operation that most time goes into.
+
+use rayon::prelude::*;
+
+use super::amx;
+use super::buffer::{Buffer, Line, words};
+use super::few;
+use super::left::{Form, Left};
+use super::matrix::{Matrix, Side};
+use super::tile::{self, Kind, Rows, STRIPS, Strips, Sums, TILE};
+
+/// So few rows are not worth unpacking a matrix for: they are multiplied with it as it lies.
+pub(super) const FEW: usize = 16;
+/// Lines of unpacked strips that stay in the second-level cache, 768 KiB.
+const CACHED_LINES: usize = 12 << 10;
+/// Rows that are worth unpacking a matrix for once more, so that a thread has something to do.
+const WORTH_ROWS: usize = 512;
+
+/// `left · right`.
+#[derive(Clone, Copy)]
+pub struct Term<'a> {
+    pub left: &'a Left,
+    pub right: &'a Matrix,
+    pub side: Side,
+}
+
+impl<'a> Term<'a> {
+    pub fn new(left: &'a Left, right: &'a Matrix, side: Side) -> Self {
+        Self { left, right, side }
+    }
+}
+
+/// Where results go: columns `first..` of rows of `width` values.
+pub struct Target<'a> {
+    pub values: &'a mut [f32],
+    pub width: usize,
+    pub first: usize,
+}
+
+/// What results are added to.
+#[derive(Clone, Copy)]
+pub enum Start<'a> {
+    Zero,
+    /// One value for each result.
+    Bias(&'a [f32]),
+    /// What the target holds.
+    Target,
+}
+
+/// `x Wᵀ` or `x W` alone.
+pub fn product(left: &Left, right: &Matrix, side: Side) -> Buffer {
+    let results = right.results(side);
+    let mut out = Buffer::new(left.rows * results);
+    sum(&[Term::new(left, right, side)], Target { values: &mut out, width: results, first: 0 }, Start::Zero);
+    out
+}
+
+/// Writes the sum of `terms` to `target`, after what it starts with.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn sum(terms: &[Term], target: Target, start: Start) {
+    let Some(one) = terms.first() else { return };
+    let (rows, results) = (one.left.rows, one.right.results(one.side));
+    for term in terms {
+        assert!(
+            term.left.rows == rows
+                && term.right.results(term.side) == results
+                && term.right.depth(term.side) == term.left.depth,
+            "a sum of products that do not fit. This is a bug."
+        );
+    }
+    if rows == 0 || results == 0 {
+        return;
+    }
+    assert!(
+        target.first + results <= target.width && target.values.len() == rows * target.width,
+        "a target that does not fit. This is a bug."
+    );
+    if let Start::Bias(bias) = start {
+        assert_eq!(bias.len(), results, "a bias that does not fit. This is a bug.");
+    }
+    let out = Out { start: target.values.as_mut_ptr(), rows, width: target.width, first: target.first };
+    if rows <= FEW && terms.iter().all(|term| term.side == Side::Rows) {
+        return few::sum(terms, &out, start);
+    }
+    let work = Work { terms, passes: passes(terms), rows, results, start, out };
+    work.run();
+}
+
+/// A stretch of the depth of a term, that is unpacked at once.
+#[derive(Clone, Copy)]
+struct Piece {
+    term: usize,
+    start: usize,
+    /// Lines of a strip.
+    lines: usize,
+}
+
+/// What of each term is added in which pass over the result. Nearly always it is one.
+fn passes(terms: &[Term]) -> Vec<Vec<Piece>> {
+    let most = CACHED_LINES / STRIPS;
+    let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
+    let mut filled = 0;
+    for (i, term) in terms.iter().enumerate() {
+        let lines = |depth: usize| match term.left.form {
+            Form::Floats(_) => depth,
+            Form::Pairs(_) => depth.div_ceil(2),
+            Form::Tiles(_) => depth.div_ceil(32) * 16,
+        };
+        // Whole tiles.
+        let each = (most * term.left.depth / lines(term.left.depth).max(1) / 64 * 64).max(64);
+        for start in (0..term.left.depth).step_by(each) {
+            let depth = each.min(term.left.depth - start);
+            let piece = Piece { term: i, start, lines: lines(depth) };
+            if filled + piece.lines > most && filled > 0 {
+                passes.push(Vec::new());
+                filled = 0;
+            }
+            filled += piece.lines;
+            passes.last_mut().expect("there is one. This is a bug.").push(piece);
+        }
+    }
+    passes
+}
+
+/// One sum, to be cut into tasks.
+struct Work<'a> {
+    terms: &'a [Term<'a>],
+    passes: Vec<Vec<Piece>>,
+    rows: usize,
+    results: usize,
+    start: Start<'a>,
+    out: Out,
+}
+
+impl Work<'_> {
+    fn run(&self) {
+        let panel = self.panel();
+        let strips = self.results.div_ceil(16);
+        let panels = strips.div_ceil(panel);
+        let lines = self.passes.iter().map(|pass| depth_of(pass)).max().unwrap_or(1);
+        let threads = rayon::current_num_threads();
+        // As many panels as stay in the cache, but several tasks for each thread.
+        let cached = (CACHED_LINES / (lines * panel)).max(1);
+        let wide = cached.min(panels.div_ceil(4 * threads)).max(1) * panel;
+        let across = strips.div_ceil(wide);
+        let down = (4 * threads).div_ceil(across).min(self.rows.div_ceil(WORTH_ROWS)).max(1);
+        let tall = self.rows.div_ceil(down).div_ceil(TILE) * TILE;
+        let down = self.rows.div_ceil(tall);
+        (0..across * down).into_par_iter().for_each(|task| {
+            let (row, strip) = (task % down * tall, task / down * wide);
+            self.task(row..(row + tall).min(self.rows), strip..(strip + wide).min(strips));
+        });
+    }
+
+    /// Strips that the kernel of these terms works on at once.
+    fn panel(&self) -> usize {
+        let tiles = self.terms.iter().any(|term| matches!(term.left.form, Form::Tiles(_)));
+        if tiles { amx::STRIPS } else { STRIPS }
+    }
+
+    fn task(&self, rows: std::ops::Range<usize>, strips: std::ops::Range<usize>) {
+        let panel = self.panel();
+        let tiles = (panel == amx::STRIPS).then(amx::Tiles::new);
+        let mut sums: Sums = [[0.0; 16 * STRIPS]; TILE];
+        for (number, pass) in self.passes.iter().enumerate() {
+            let depth = depth_of(pass);
+            let mut scratch = Buffer::new(strips.len() * depth * 16);
+            let lines = scratch.lines_mut();
+            for (strip, lines) in strips.clone().zip(lines.chunks_mut(depth)) {
+                self.unpack(pass, strip, lines);
+            }
+            let lines = scratch.lines();
+            for row in rows.clone().step_by(TILE) {
+                let count = TILE.min(rows.end - row);
+                for first in strips.clone().step_by(panel) {
+                    let many = panel.min(strips.end - first);
+                    let width = (16 * many).min(self.results - 16 * first);
+                    let place = Place { row, count, column: 16 * first, width };
+                    self.begin(number, place, &mut sums);
+                    let mut at = (first - strips.start) * depth;
+                    for piece in pass {
+                        let right = Strips { lines: &lines[at..], strip: depth, line: 1, depth: piece.lines };
+                        self.add(*piece, row, right, count, many, tiles.as_ref(), &mut sums);
+                        at += piece.lines;
+                    }
+                    self.out.write(place, &sums);
+                }
+            }
+        }
+    }
+
+    fn unpack(&self, pass: &[Piece], strip: usize, mut lines: &mut [Line]) {
+        for piece in pass {
+            let term = &self.terms[piece.term];
+            let (out, rest) = lines.split_at_mut(piece.lines);
+            match term.left.form {
+                Form::Floats(_) => term.right.strip(term.side, 16 * strip, piece.start, out),
+                Form::Pairs(_) | Form::Tiles(_) => term.right.pairs(term.side, 16 * strip, piece.start, out),
+            }
+            lines = rest;
+        }
+    }
+
+    /// What sums start with in pass `number`.
+    fn begin(&self, number: usize, place: Place, sums: &mut Sums) {
+        match (number, self.start) {
+            (0, Start::Zero) => sums[..place.count].fill([0.0; 16 * STRIPS]),
+            (0, Start::Bias(bias)) => {
+                for sums in &mut sums[..place.count] {
+                    sums[..place.width].copy_from_slice(&bias[place.column..place.column + place.width]);
+                }
+            }
+            _ => self.out.read(place, sums),
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn add(
+        &self,
+        piece: Piece,
+        row: usize,
+        right: Strips,
+        count: usize,
+        strips: usize,
+        tiles: Option<&amx::Tiles>,
+        sums: &mut Sums,
+    ) {
+        let left = self.terms[piece.term].left;
+        match (&left.form, tiles) {
+            (Form::Floats(values), _) => {
+                let words = &words(values)[row * left.depth + piece.start..];
+                let rows = Rows { words, row: left.depth, step: 1 };
+                tile::add(Kind::Float, rows, right, count, strips, sums);
+            }
+            (Form::Pairs(parts), _) => {
+                let width = left.depth.div_ceil(2);
+                for part in parts {
+                    let words = &words(part)[row * width + piece.start / 2..];
+                    tile::add(Kind::Pair, Rows { words, row: width, step: 1 }, right, count, strips, sums);
+                }
+            }
+            (Form::Tiles(parts), Some(tiles)) => {
+                let each = left.depth.div_ceil(32) * 512;
+                for part in parts {
+                    let words = &words(part)[row / TILE * each + piece.start / 32 * 512..];
+                    tiles.add(words, right.lines, right.strip, piece.lines / 16, strips, sums);
+                }
+            }
+            (Form::Tiles(_), None) => unreachable!("tiles without tile registers. This is a bug."),
+        }
+    }
+}
+
+fn depth_of(pass: &[Piece]) -> usize {
+    pass.iter().map(|piece| piece.lines).sum()
+}
+
+/// Part of a result that a kernel computes at a time.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub row: usize,
+    pub count: usize,
+    pub column: usize,
+    pub width: usize,
+}
+
+/// A target that tasks write to side by side, each to places of its own.
+pub(super) struct Out {
+    start: *mut f32,
+    pub rows: usize,
+    width: usize,
+    first: usize,
+}
+
+// SAFETY: tasks get places that do not overlap, so no two touch the same value; and the target outlives them,
+// as they end before `sum` returns.
+#[allow(unsafe_code)]
+unsafe impl Sync for Out {}
+
+impl Out {
+    /// The values of a row of a place.
+    ///
+    /// # Panics
+    /// When they are outside the target.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    fn row(&self, row: usize, column: usize, width: usize) -> &mut [f32] {
+        assert!(
+            row < self.rows && self.first + column + width <= self.width,
+            "outside the result. This is a bug."
+        );
+        // SAFETY: inside the target by the assertion; only this task touches this place, one row at a time.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.start.add(row * self.width + self.first + column), width)
+        }
+    }
+
+    pub fn read(&self, place: Place, sums: &mut Sums) {
+        for (i, sums) in sums[..place.count].iter_mut().enumerate() {
+            sums[..place.width].copy_from_slice(self.row(place.row + i, place.column, place.width));
+        }
+    }
+
+    pub fn write(&self, place: Place, sums: &Sums) {
+        for (i, sums) in sums[..place.count].iter().enumerate() {
+            self.row(place.row + i, place.column, place.width).copy_from_slice(&sums[..place.width]);
+        }
+    }
+
+    /// Writes one value.
+    pub fn set(&self, row: usize, column: usize, add: bool, value: f32) {
+        let out = &mut self.row(row, column, 1)[0];
+        *out = if add { *out + value } else { value };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::model::kernel::{Path, Rounding, path, round, widen};
+    use crate::engine::model::lora::unit;
+
+    fn values(count: usize, key: u64) -> Vec<f32> {
+        (0..count).map(|i| unit(key, i as u64) as f32 - 0.5).collect()
+    }
+
+    fn halves(values: &[f32]) -> Vec<f32> {
+        values.iter().map(|v| widen(round(*v))).collect()
+    }
+
+    /// The product in float64.
+    fn exact(x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize), side: Side) -> Vec<f64> {
+        let right = |j: usize, c: usize| match side {
+            Side::Rows => w[j * k + c],
+            Side::Columns => w[c * n + j],
+        };
+        let sum = |i: usize, j: usize| (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(right(j, c))).sum();
+        (0..m * n).map(|at| sum(at / n, at % n)).collect()
+    }
+
+    #[test]
+    fn products_agree_with_float64_on_odd_shapes_from_both_sides() {
+        for (m, n, k) in
+            [(1, 1, 1), (1, 48, 64), (3, 49, 33), (17, 5, 1), (33, 96, 10), (70, 100, 2500), (129, 7, 4500)]
+        {
+            for side in [Side::Rows, Side::Columns] {
+                let (x, w) = (values(m * k, 1), halves(&values(n * k, 2)));
+                let shape = if side == Side::Rows { (n, k) } else { (k, n) };
+                let stored: Vec<u8> = w.iter().flat_map(|v| (round(*v) as u16).to_le_bytes()).collect();
+                let as_halves =
+                    Matrix::stored(stored.into(), super::super::matrix::Stored::Bf16, shape.0, shape.1);
+                let matrices = [as_halves, Matrix::floats(&w, shape.0, shape.1)];
+                let want = exact(&x, &w, (m, n, k), side);
+                for (rounding, tolerance) in
+                    [(None, 1e-5), (Some(Rounding::Once), 1e-2), (Some(Rounding::Twice), 1e-4)]
+                {
+                    for matrix in &matrices {
+                        let got = product(&Left::new(&x, k, rounding), matrix, side);
+                        for (got, want) in got.iter().zip(&want) {
+                            let error = (f64::from(*got) - want).abs() / ((k as f64).sqrt() * 0.1);
+                            assert!(
+                                error < tolerance,
+                                "{:?} {m}x{k}x{n} {side:?} {rounding:?}: {got} {want}",
+                                path()
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn terms_are_summed_onto_what_is_there() {
+        let (m, n) = (40, 50);
+        for rounding in [None, Some(Rounding::Once)] {
+            let (x, y) = (halves(&values(m * 70, 1)), halves(&values(m * 3, 2)));
+            let (w, v) = (halves(&values(n * 70, 3)), halves(&values(3 * n, 4)));
+            let mut want = exact(&x, &w, (m, n, 70), Side::Rows);
+            for (want, more) in want.iter_mut().zip(exact(&y, &v, (m, n, 3), Side::Columns)) {
+                *want += more;
+            }
+            let (x, y) = (Left::new(&x, 70, rounding), Left::new(&y, 3, rounding));
+            let (w, v) = (Matrix::floats(&w, n, 70), Matrix::floats(&v, 3, n));
+            let terms = [Term::new(&x, &w, Side::Rows), Term::new(&y, &v, Side::Columns)];
+            let bias = values(n, 5);
+            for (start, first) in [(Start::Target, 2.0), (Start::Bias(&bias), 0.0), (Start::Zero, 0.0)] {
+                let width = n + 9;
+                let mut out = vec![2.0; m * width];
+                sum(&terms, Target { values: &mut out, width, first: 4 }, start);
+                for (at, out) in out.iter().enumerate() {
+                    let (i, j) = (at / width, at % width);
+                    let inside = (4..4 + n).contains(&j);
+                    let begin =
+                        if let Start::Bias(bias) = start { bias[j.clamp(4, 3 + n) - 4] } else { first };
+                    let want = if inside { want[i * n + j - 4] + f64::from(begin) } else { 2.0 };
+                    assert!((f64::from(*out) - want).abs() < 1e-4, "{i} {j}: {out} {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_gives_the_same_alone_and_among_many() {
+        let (n, k) = (40, 100);
+        let (x, w) = (values(64 * k, 1), Matrix::floats(&values(n * k, 2), n, k));
+        for rounding in [None, Some(Rounding::Once)] {
+            let all = product(&Left::new(&x, k, rounding), &w, Side::Rows);
+            let one = product(&Left::new(&x[k..2 * k], k, rounding), &w, Side::Rows);
+            for (a, b) in one.iter().zip(&all[n..2 * n]) {
+                // Float weights are rounded among many only.
+                let tolerance = if rounding.is_some() && path() >= Path::Bf16 { 2e-2 } else { 1e-5 };
+                assert!((a - b).abs() < tolerance, "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_read_back_are_what_is_multiplied() {
+        let (rows, depth) = (37, 45);
+        let x = values(rows * depth, 1);
+        for (rounding, tolerance) in
+            [(None, 0.0), (Some(Rounding::Once), 2e-3), (Some(Rounding::Twice), 1e-5)]
+        {
+            let left = Left::new(&x, depth, rounding);
+            let mut row = vec![0.0; depth];
+            for (i, want) in x.chunks(depth).enumerate() {
+                left.read(i, 0, &mut row);
+                assert!(row.iter().zip(want).all(|(a, b)| (a - b).abs() <= tolerance), "{rounding:?} {i}");
+            }
+        }
+    }
+}
