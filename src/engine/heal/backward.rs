@@ -1,15 +1,14 @@
 //! Loss and adapter gradients, layer by layer through the seams.
 //!
-//! Forward keeps only the stream entering each layer. Backward takes the layers
-//! in reverse: runs one again from its seam, this time with a graph, and pulls
-//! the gradient through it. So one layer's graph is in memory at a time, and its
-//! weights are unpacked twice instead of kept (activation checkpointing by construction).
+//! Forward keeps the stream entering each layer, and what happened inside of as many as there is room for.
+//! Backward takes the layers in reverse: it runs one again from its seam where that was not kept, and pulls the
+//! gradient through it (activation checkpointing by construction).
 
 use candle_core::{Device, Tensor, Var};
 
 use crate::checkpoint::{LinearShape, Role};
 use crate::engine::eval::loglikelihood::{Request, likelihoods};
-use crate::engine::model::layer::{AdapterGradient, Layer};
+use crate::engine::model::layer::{AdapterGradient, Layer, Trace};
 use crate::engine::model::lora::{Adapter, Dropout, stream_key};
 use crate::engine::model::{Config, Decoder, ops, pad};
 use crate::engine::{Cx, Error, Result};
@@ -189,20 +188,31 @@ pub fn loss_and_gradients(
     let tokens = pad(windows, decoder.compute())?;
     let pass = decoder.pass(0, tokens.dim(1)?)?;
     let layer_count = decoder.config().layer_count;
+    let lowest = adapters.lowest();
     let mut seams = vec![decoder.embed(&tokens)?];
+    let mut traces: Vec<Option<Trace>> = Vec::new();
+    let mut room = decoder.room_bytes();
     for index in 0..layer_count {
         let layer = adapters.on(decoder.layer(index)?, index, draw, false);
-        seams.push(layer.forward(&seams[index], &pass, None)?);
+        if index >= lowest && room > 0 && layer.is_native() {
+            let (leaving, trace) = layer.forward_traced(&seams[index], &pass)?;
+            room = room.saturating_sub(trace.bytes());
+            traces.push(Some(trace));
+            seams.push(leaving);
+        } else {
+            traces.push(None);
+            seams.push(layer.forward(&seams[index], &pass, None)?);
+        }
     }
     let last = seams.pop().ok_or_else(|| Error::bug("no stream"))?;
     let (nll, mut upstream) = head_backward(decoder, &last, windows, scale)?;
     let mut gradients: Vec<Option<Tensor>> = vec![None; adapters.variables.len()];
-    let lowest = adapters.lowest();
     for index in (lowest..layer_count).rev() {
         let entering = seams.pop().ok_or_else(|| Error::bug("a seam is missing"))?;
         let layer = adapters.on(decoder.layer(index)?, index, draw, true);
         if layer.is_native() {
-            let (dx, of_layer) = layer.backward(&entering, &pass, &upstream, index > lowest)?;
+            let trace = traces[index].take();
+            let (dx, of_layer) = layer.backward(&entering, &pass, trace, &upstream, index > lowest)?;
             for AdapterGradient { linear, a, b } in of_layer {
                 let place = adapters.places[index].iter().find(|place| place.index == linear);
                 let at = place.ok_or_else(|| Error::bug("a gradient without an adapter"))?.at;

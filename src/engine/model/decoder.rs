@@ -49,6 +49,10 @@ const HEAD_ROWS: usize = 256;
 /// Tokens sent through a checkpoint that was just written.
 const PROOF_TOKENS: usize = 8;
 
+/// Share of the free memory for activations that could be computed again: a third of a step's time is worth
+/// memory that nobody uses, but not much of it.
+const KEPT_SHARE: f64 = 0.05;
+
 /// Share of the free memory that resident layers may take.
 const RESIDENT_SHARE: f64 = 0.6;
 
@@ -145,6 +149,11 @@ impl Decoder {
             Stored::Resident(layer) => Ok(Layer::clone(layer)),
             Stored::OnDisk => Layer::load(&self.checkpoint, index, &self.compute),
         }
+    }
+
+    /// Memory that a training step may keep activations in, instead of computing them again.
+    pub fn room_bytes(&self) -> usize {
+        available_memory_bytes().map_or(0, |free| (free * KEPT_SHARE) as usize)
     }
 
     /// Positions and masks for tokens at `start..start + len`.

@@ -80,6 +80,7 @@ impl Tiles {
     ///
     /// # Panics
     /// When a side is shorter than `steps`.
+    #[allow(clippy::too_many_lines, clippy::unused_self)]
     pub fn add(
         &self,
         left: &[u32],

@@ -33,6 +33,14 @@ impl Left {
         })
     }
 
+    /// Packs rows of `depth` values that are not needed any more: where they stay floats, nothing is copied.
+    pub fn of(x: Buffer, depth: usize, rounding: Option<Rounding>) -> Self {
+        if rounding.is_none() || path() < Path::Bf16 {
+            return Self { rows: x.len() / depth.max(1), depth, form: Form::Floats(x) };
+        }
+        Self::new(&x, depth, rounding)
+    }
+
     /// Packs the rows that `row(i, out)` writes.
     pub fn from_rows(
         rows: usize,
@@ -156,6 +164,14 @@ unsafe fn pack_many(many: &[[f32; 32]], out: &mut [u32]) {
 }
 
 impl Left {
+    /// Memory it takes.
+    pub fn bytes(&self) -> usize {
+        match &self.form {
+            Form::Floats(floats) => 4 * floats.len(),
+            Form::Pairs(parts) | Form::Tiles(parts) => parts.iter().map(|part| 4 * part.len()).sum(),
+        }
+    }
+
     /// Values `first..` of row `i`, as they were rounded.
     ///
     /// # Panics

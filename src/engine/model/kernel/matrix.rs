@@ -69,15 +69,24 @@ impl Matrix {
 
     /// A copy of float32 values.
     pub fn floats(values: &[f32], rows: usize, columns: usize) -> Self {
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut bytes = vec![0; 4 * values.len()];
+        bytes.chunks_exact_mut(4).zip(values).for_each(|(out, v)| out.copy_from_slice(&v.to_le_bytes()));
         Self::stored(bytes.into(), Stored::F32, rows, columns)
     }
 
+    /// The values four bits leave of these (NF4).
+    ///
+    /// # Panics
+    /// When there are not `rows * columns` values.
     pub fn nf4(values: &[f32], rows: usize, columns: usize) -> Self {
         assert_eq!(values.len(), rows * columns, "a whole matrix. This is a bug.");
         Self { rows, columns, data: Data::Nf4(Nf4::pack(values)) }
     }
 
+    /// The values eight bits leave of these.
+    ///
+    /// # Panics
+    /// When there are not `rows * columns` values.
     pub fn int8(values: &[f32], rows: usize, columns: usize) -> Self {
         assert_eq!(values.len(), rows * columns, "a whole matrix. This is a bug.");
         Self { rows, columns, data: Data::Int8(Int8::pack(values)) }
@@ -514,8 +523,8 @@ fn any_dot<D: Decode, const WIDE: bool>(data: &D, at: usize, x: Dot, sums: &mut 
         }
         for (i, (sum, lanes)) in sums.iter_mut().zip(lanes).enumerate() {
             *sum += lanes.iter().sum::<f32>();
-            for start in depth / 16 * 16..depth {
-                *sum += data.value(at + start) * rows[i][start];
+            for (start, x) in rows[i].iter().enumerate().skip(depth / 16 * 16) {
+                *sum += data.value(at + start) * x;
             }
         }
     }

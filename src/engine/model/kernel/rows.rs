@@ -404,7 +404,10 @@ vectorised! {
 
 /// How likely `token` is by finished logits.
 pub fn likelihood(logits: &[f32], token: usize) -> Said {
-    let (most, sum) = mass(logits);
+    said(logits, token, mass(logits))
+}
+
+fn said(logits: &[f32], token: usize, (most, sum): (f32, f64)) -> Said {
     let greedy = logits[token] >= most && !logits[..token].contains(&most);
     Said { log_likelihood: f64::from(logits[token]) - f64::from(most) - sum.ln(), greedy }
 }
@@ -427,8 +430,8 @@ pub fn cross_entropy(logits: &mut [f32], token: usize, cap: Option<f32>, factor:
             }
         }
     }
-    let said = likelihood(logits, token);
     let (most, sum) = mass(logits);
+    let said = said(logits, token, (most, sum));
     let slope = cap.map_or(1.0, |cap| 1.0 - (logits[token] / cap).powi(2));
     go(logits, cap.unwrap_or(0.0), most, (1.0 / sum) as f32, factor);
     logits[token] -= factor * slope;

@@ -67,7 +67,7 @@ pub(super) fn add(kind: Kind, left: Rows, right: Strips, count: usize, strips: u
         unsafe {
             match (path(), kind) {
                 (Path::Amx | Path::Bf16 | Path::Avx512, Kind::Float) => {
-                    on_avx512(left, right, rows, strips, sums)
+                    on_avx512(left, right, rows, strips, sums);
                 }
                 (_, Kind::Pair) => on_bf16(left, right, rows, strips, sums),
                 (Path::Avx2, Kind::Float) => on_avx2(left, right, rows, strips, sums),
@@ -127,7 +127,7 @@ unsafe fn on_bf16(left: Rows, right: Strips, rows: usize, strips: usize, sums: &
 /// The processor must have AVX-512, and AVX512-BF16 for `PAIRS`; `R` rows and `V` strips must be there for
 /// the whole depth.
 #[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code, clippy::inline_always)]
+#[allow(unsafe_code, clippy::inline_always, clippy::needless_range_loop)]
 #[inline(always)]
 unsafe fn registers<const R: usize, const V: usize, const PAIRS: bool>(
     left: Rows,

@@ -7,7 +7,7 @@ mod native;
 use candle_core::{DType, Tensor};
 
 pub use candle::Pass;
-pub use native::AdapterGradient;
+pub use native::{AdapterGradient, Trace};
 
 use self::experts::Experts;
 use super::cache::LayerCache;

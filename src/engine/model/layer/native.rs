@@ -31,7 +31,17 @@ pub struct AdapterGradient {
 }
 
 /// What a forward pass leaves for its backward pass, by rows (tokens).
-struct Trace {
+pub struct Trace {
+    attention: AttentionTrace,
+    /// The stream between attention and MLP.
+    middle: Buffer,
+    mlp: MlpTrace,
+    /// `scale · A x` of each linear layer with an adapter.
+    inside: Vec<Option<Buffer>>,
+    leaving: Vec<f32>,
+}
+
+struct AttentionTrace {
     /// What attention reads.
     read: Left,
     /// Queries, keys and values before their norms, where they have some.
@@ -40,20 +50,28 @@ struct Trace {
     /// What the heads gather, and the logarithms of their sums of exponentials.
     gathered: Buffer,
     log_sums: Buffer,
-    /// The same, packed.
+    /// What was gathered, packed.
     output: Left,
     /// What attention gives, before its norm, where it has one.
-    attended: Option<Buffer>,
-    /// The stream between attention and MLP.
-    middle: Buffer,
+    given: Option<Buffer>,
+}
+
+struct MlpTrace {
     entering: Left,
     /// Gate, then up, or what stands in for both.
     inner: Buffer,
     hidden: Left,
-    mlp: Option<Buffer>,
-    /// `scale · A x` of each linear layer with an adapter.
-    inside: Vec<Option<Buffer>>,
-    leaving: Vec<f32>,
+    /// What the MLP gives, before its norm, where it has one.
+    given: Option<Buffer>,
+}
+
+/// Widths inside the MLP.
+struct Inner {
+    /// Of gate and up together, or of the one that stands in for both.
+    inner: usize,
+    hidden: usize,
+    /// There is a gate.
+    gated: bool,
 }
 
 /// Where queries, keys and values lie in a row of all three.
@@ -64,6 +82,18 @@ struct Places {
     q: (usize, usize),
     k: (usize, usize),
     v: (usize, usize),
+}
+
+impl Trace {
+    /// Memory it takes.
+    pub fn bytes(&self) -> usize {
+        let (attention, mlp) = (&self.attention, &self.mlp);
+        let buffers = [&attention.qkv, &attention.gathered, &attention.log_sums, &self.middle, &mlp.inner];
+        let optional = [&attention.raw, &attention.given, &mlp.given].into_iter().chain(&self.inside);
+        let lefts = [&attention.read, &attention.output, &mlp.entering, &mlp.hidden];
+        let floats: usize = buffers.into_iter().chain(optional.flatten()).map(|buffer| buffer.len()).sum();
+        4 * floats + lefts.map(Left::bytes).iter().sum::<usize>()
+    }
 }
 
 impl Layer {
@@ -83,19 +113,30 @@ impl Layer {
         Tensor::from_vec(trace.leaving, x.shape(), &Device::Cpu)
     }
 
+    /// The same, with what the backward pass needs of it.
+    pub fn forward_traced(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, Trace)> {
+        let mut trace = with(x, |values| self.run(values, x.dims3()?, pass, None, true))??;
+        let leaving = Tensor::from_vec(std::mem::take(&mut trace.leaving), x.shape(), &Device::Cpu)?;
+        Ok((leaving, trace))
+    }
+
     /// The gradients of all adapters, and that of `x`, if it is wanted, for the gradient `upstream` of what
-    /// the layer gives for `x`.
+    /// the layer gives for `x`. Without a trace of that pass it is run again.
     pub fn backward(
         &self,
         x: &Tensor,
         pass: &Pass,
+        trace: Option<Trace>,
         upstream: &Tensor,
         wanted: bool,
     ) -> Result<(Option<Tensor>, Vec<AdapterGradient>)> {
         let shape = x.dims3()?;
         let (dx, gradients) = with(x, |x| {
             with(upstream, |upstream| {
-                let trace = self.run(x, shape, pass, None, true)?;
+                let trace = match trace {
+                    Some(trace) => trace,
+                    None => self.run(x, shape, pass, None, true)?,
+                };
                 Back { layer: self, pass, shape, gradients: Vec::new() }.run(x, trace, upstream, wanted)
             })
         })???;
@@ -106,109 +147,109 @@ impl Layer {
     fn run(
         &self,
         x: &[f32],
-        (b, t, h): (usize, usize, usize),
+        shape: (usize, usize, usize),
         pass: &Pass,
         cache: Option<&mut LayerCache>,
         keep: bool,
     ) -> Result<Trace> {
-        let s = self.shape;
-        let rows = b * t;
         let mut inside: Vec<Option<Buffer>> = self.linears.iter().map(|_| None).collect();
-        let rounding = self.rounding();
+        let mut middle = Buffer::from_slice(x);
+        let attention = self.attention_onto(&mut middle, x, shape, pass, cache, keep, &mut inside)?;
+        let mut leaving = middle.to_vec();
+        let mlp = self.mlp_onto(&mut leaving, if self.shape.parallel { x } else { &middle }, &mut inside)?;
+        Ok(Trace { attention, middle, mlp, inside, leaving })
+    }
 
-        // Attention.
-        let read = normed(self.attention_in.as_ref(), x, h, rounding)?;
+    /// Adds attention's branch to the stream.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_onto(
+        &self,
+        stream: &mut [f32],
+        x: &[f32],
+        (b, t, h): (usize, usize, usize),
+        pass: &Pass,
+        cache: Option<&mut LayerCache>,
+        keep: bool,
+        inside: &mut [Option<Buffer>],
+    ) -> Result<AttentionTrace> {
+        let s = self.shape;
+        let read = normed(self.attention_in.as_ref(), x, h, self.rounding())?;
         let places = self.places();
-        let mut qkv = Buffer::new(rows * places.width);
-        let mut first = 0;
-        for role in [Role::Query, Role::Key, Role::Value, Role::QueryKeyValue] {
-            if let Some((index, linear)) = self.indexed(role) {
-                let target = Target { values: &mut qkv, width: places.width, first };
-                inside[index] = linear.apply(&read, target, false)?;
-                first += linear.outputs()?;
-            }
-        }
-        let norms = [
-            (HeadNorms::of(&self.q_norm, s.heads, s.head_dim)?, places.q),
-            (HeadNorms::of(&self.k_norm, s.kv_heads, s.head_dim)?, places.k),
-        ];
-        let raw = (keep && norms.iter().any(|(norm, _)| norm.is_some())).then(|| qkv.clone());
+        let mut qkv = Buffer::new(b * t * places.width);
+        let roles = [Role::Query, Role::Key, Role::Value, Role::QueryKeyValue];
+        self.side_by_side(&roles, &read, &mut qkv, places.width, inside)?;
+        let norms = self.head_norms()?;
+        let raw = (keep && norms.iter().any(Option::is_some)).then(|| qkv.clone());
         let angles = pass.angles(s.layer.rope)?;
         qkv.par_chunks_mut(places.width).enumerate().for_each(|(i, row)| {
-            for (norm, place) in &norms {
+            for (norm, place) in norms.iter().zip([places.q, places.k]) {
                 if let Some(norm) = norm {
-                    norm.row(row, *place);
+                    norm.row(row, place);
                 }
             }
             if let Some(angles) = &angles {
                 self.rotate(row, places, angles.of(i % t), 1.0);
             }
         });
-        let mut gathered = Buffer::new(rows * s.heads * s.head_dim);
-        let mut log_sums = Buffer::new(rows * s.heads);
+        let mut gathered = Buffer::new(b * t * s.heads * s.head_dim);
+        let mut log_sums = Buffer::new(b * t * s.heads);
+        let out = (&mut gathered[..], &mut log_sums[..]);
         match cache {
-            None => {
-                let sequences = sequences(b, t);
-                self.attention(&qkv, places, &sequences).forward(&mut gathered, &mut log_sums);
-            }
-            Some(cache) => {
-                self.attend_with_past(
-                    &qkv,
-                    places,
-                    (b, t),
-                    pass.start(),
-                    cache,
-                    &mut gathered,
-                    &mut log_sums,
-                )?;
-            }
+            None => self.attention(&qkv, places, &sequences(b, t)).forward(out.0, out.1),
+            Some(cache) => self.attend_with_past(&qkv, places, (b, t), pass.start(), cache, out)?,
         }
-        let width = s.heads * s.head_dim;
-        let output = Left::new(&gathered, width, rounding);
-        let mut middle = Buffer::from_slice(x);
-        let attended =
-            self.onto(&mut middle, Role::Output, &output, self.attention_out.as_ref(), &mut inside)?;
+        let output = Left::new(&gathered, s.heads * s.head_dim, self.rounding());
+        if !keep {
+            // The MLP may use the memory.
+            (qkv, gathered) = (Buffer::new(0), Buffer::new(0));
+        }
+        let given = self.onto(stream, Role::Output, &output, self.attention_out.as_ref(), inside)?;
+        Ok(AttentionTrace { read, raw, qkv, gathered, log_sums, output, given })
+    }
 
-        // The MLP.
-        let entering = match (s.parallel, &self.mlp_in) {
-            (false, norm) => normed(norm.as_ref(), &middle, h, rounding)?,
-            (true, Some(norm)) => normed(Some(norm), x, h, rounding)?,
-            (true, None) => normed(self.attention_in.as_ref(), x, h, rounding)?,
-        };
-        let (inner_width, width, gated) = self.inner_width()?;
-        let mut inner = Buffer::new(rows * inner_width);
-        let mut first = 0;
-        for role in [Role::Gate, Role::Up, Role::GateUp] {
-            if let Some((index, linear)) = self.indexed(role) {
-                let target = Target { values: &mut inner, width: inner_width, first };
-                inside[index] = linear.apply(&entering, target, false)?;
-                first += linear.outputs()?;
-            }
-        }
-        let bend = bend(s.activation);
-        let hidden = Left::from_rows(rows, width, rounding, |i, out| {
-            let row = &inner[i * inner_width..(i + 1) * inner_width];
+    /// Adds the MLP's branch, which reads `x`, to the stream.
+    fn mlp_onto(&self, stream: &mut [f32], x: &[f32], inside: &mut [Option<Buffer>]) -> Result<MlpTrace> {
+        let Inner { inner: wide, hidden: width, gated } = self.inner()?;
+        let h = self.linear(Role::Down).ok_or_else(|| missing(Role::Down))?.outputs()?;
+        let rows = x.len() / h;
+        let norm = self.mlp_in.as_ref().or(self.attention_in.as_ref().filter(|_| self.shape.parallel));
+        let entering = normed(norm, x, h, self.rounding())?;
+        let mut inner = Buffer::new(rows * wide);
+        self.side_by_side(&[Role::Gate, Role::Up, Role::GateUp], &entering, &mut inner, wide, inside)?;
+        let bend = bend(self.shape.activation);
+        let hidden = Left::from_rows(rows, width, self.rounding(), |i, out| {
+            let row = &inner[i * wide..(i + 1) * wide];
             let (gate, up) = if gated { row.split_at(width) } else { (row, &row[..0]) };
             rows::bent(bend, gate, up, out);
         });
-        let mut leaving = middle.to_vec();
-        let mlp = self.onto(&mut leaving, Role::Down, &hidden, self.mlp_out.as_ref(), &mut inside)?;
-        Ok(Trace {
-            read,
-            raw,
-            qkv,
-            gathered,
-            log_sums,
-            output,
-            attended,
-            middle,
-            entering,
-            inner,
-            hidden,
-            mlp,
-            inside,
-            leaving,
-        })
+        let given = self.onto(stream, Role::Down, &hidden, self.mlp_out.as_ref(), inside)?;
+        Ok(MlpTrace { entering, inner, hidden, given })
+    }
+
+    /// Writes what the linear layers of `roles`, as far as there are such, make of `left`, one beside the other.
+    fn side_by_side(
+        &self,
+        roles: &[Role],
+        left: &Left,
+        out: &mut [f32],
+        width: usize,
+        inside: &mut [Option<Buffer>],
+    ) -> Result<()> {
+        let mut first = 0;
+        for (index, linear) in roles.iter().filter_map(|role| self.indexed(*role)) {
+            inside[index] = linear.apply(left, Target { values: out, width, first }, false)?;
+            first += linear.outputs()?;
+        }
+        Ok(())
+    }
+
+    /// Norms of queries and of keys.
+    fn head_norms(&self) -> Result<[Option<HeadNorms>; 2]> {
+        let s = self.shape;
+        Ok([
+            HeadNorms::of(&self.q_norm, s.heads, s.head_dim)?,
+            HeadNorms::of(&self.k_norm, s.kv_heads, s.head_dim)?,
+        ])
     }
 
     /// Adds what linear layer `role` makes of `left`, normed and scaled, to the stream. Gives it as it was
@@ -248,21 +289,17 @@ impl Layer {
 
     /// How all of the layer is rounded.
     fn rounding(&self) -> Option<Rounding> {
-        let each = self.linears.iter().map(|linear| linear.weight.frozen().and_then(|f| f.rounding));
-        // All are stored alike nearly always; the most exact one wins.
-        each.fold(Some(Rounding::Once), |all, one| match (all, one) {
-            (None, _) | (_, None) => None,
-            (Some(Rounding::Twice), _) | (_, Some(Rounding::Twice)) => Some(Rounding::Twice),
-            (Some(Rounding::Once), Some(Rounding::Once)) => all,
-        })
+        // All are stored alike nearly always; one that is to be exact wins.
+        let mut each = self.linears.iter().map(|linear| linear.weight.frozen().and_then(|f| f.rounding));
+        let first = each.next().flatten();
+        each.all(|rounding| rounding == first).then_some(first).flatten()
     }
 
-    /// Width of the MLP's inner rows, of its hidden rows, and whether the former are gate and up.
-    fn inner_width(&self) -> Result<(usize, usize, bool)> {
+    fn inner(&self) -> Result<Inner> {
         let down = self.linear(Role::Down).ok_or_else(|| missing(Role::Down))?.frozen()?;
-        let width = down.matrix.depth(down.side(false));
+        let hidden = down.matrix.depth(down.side(false));
         let gated = self.linear(Role::Gate).is_some() || self.linear(Role::GateUp).is_some();
-        Ok((if gated { 2 * width } else { width }, width, gated))
+        Ok(Inner { inner: if gated { 2 * hidden } else { hidden }, hidden, gated })
     }
 
     fn places(&self) -> Places {
@@ -298,7 +335,6 @@ impl Layer {
     }
 
     /// Attention over the keys and values in `cache`, to which those of this pass are added.
-    #[allow(clippy::too_many_arguments)]
     fn attend_with_past(
         &self,
         qkv: &[f32],
@@ -306,8 +342,7 @@ impl Layer {
         (b, t): (usize, usize),
         past: usize,
         cache: &mut LayerCache,
-        gathered: &mut [f32],
-        log_sums: &mut [f32],
+        (gathered, log_sums): (&mut [f32], &mut [f32]),
     ) -> Result<()> {
         let (kv, d) = (self.shape.kv_heads, self.shape.head_dim);
         let by_head = |(start, step): (usize, usize)| {
@@ -518,88 +553,100 @@ impl Back<'_> {
     fn run(
         mut self,
         x: &[f32],
-        mut trace: Trace,
+        trace: Trace,
         upstream: &[f32],
         wanted: bool,
     ) -> Result<(Option<Buffer>, Vec<AdapterGradient>)> {
-        let (_, t, h) = self.shape;
-        let (layer, s) = (self.layer, self.layer.shape);
+        let h = self.shape.2;
+        let layer = self.layer;
+        let parallel = layer.shape.parallel;
+        let Trace { attention, middle, mlp, inside, .. } = trace;
         let mut dx = Buffer::from_slice(upstream);
+        let d_entering = self.mlp(mlp, upstream, &inside)?;
+        let shares_norm = parallel && layer.mlp_in.is_none();
+        if !shares_norm {
+            let read = if parallel { x } else { &middle };
+            into_stream(layer.mlp_in.as_ref(), read, &d_entering, h, &mut dx)?;
+        }
+        let at_attention = if parallel { Buffer::from_slice(upstream) } else { dx.clone() };
+        let Some(mut d_read) = self.attention(&attention, &at_attention, &inside, wanted)? else {
+            return Ok((None, self.gradients));
+        };
+        if shares_norm {
+            rows::add_scaled(&mut d_read, 1.0, &d_entering);
+        }
+        into_stream(layer.attention_in.as_ref(), x, &d_read, h, &mut dx)?;
+        Ok((Some(dx), self.gradients))
+    }
 
-        // The MLP.
-        let (inner_width, width, gated) = layer.inner_width()?;
-        let d_mlp = self.unscaled(upstream, trace.mlp.as_ref(), layer.mlp_out.as_ref())?;
-        let d_mlp = Gradient { values: d_mlp.as_deref().unwrap_or(upstream), width: h, first: 0 };
-        let d_hidden = self.through(&[(Role::Down, d_mlp)], &trace.hidden, &trace.inside)?;
-        let bend = bend(s.activation);
-        trace.inner.par_chunks_mut(inner_width).zip(d_hidden.par_chunks(width)).for_each(|(row, dy)| {
-            let (gate, up) = if gated { row.split_at_mut(width) } else { row.split_at_mut(row.len()) };
+    /// The gradient for what the MLP reads.
+    fn mlp(&mut self, trace: MlpTrace, upstream: &[f32], inside: &[Option<Buffer>]) -> Result<Buffer> {
+        let Inner { inner: wide, hidden: width, gated } = self.layer.inner()?;
+        let MlpTrace { entering, mut inner, hidden, given } = trace;
+        let d_given = self.unscaled(upstream, given.as_ref(), self.layer.mlp_out.as_ref())?;
+        let values = d_given.as_deref().unwrap_or(upstream);
+        let d_given = Gradient { values, width: self.shape.2, first: 0 };
+        let d_hidden = self.through(&[(Role::Down, d_given)], &hidden, inside)?;
+        let bend = bend(self.layer.shape.activation);
+        inner.par_chunks_mut(wide).zip(d_hidden.par_chunks(width)).for_each(|(row, dy)| {
+            let (gate, up) = row.split_at_mut(width);
             rows::bent_back(bend, gate, up, dy);
         });
-        drop(d_hidden);
-        let inner = |first| Gradient { values: &trace.inner, width: inner_width, first };
-        let parts = [
-            (Role::Gate, inner(0)),
-            (Role::Up, inner(if gated { width } else { 0 })),
-            (Role::GateUp, inner(0)),
-        ];
-        let d_entering = self.through(&self.present(&parts), &trace.entering, &trace.inside)?;
-        let shares_norm = s.parallel && layer.mlp_in.is_none();
-        if !shares_norm {
-            let entered = if s.parallel { x } else { &trace.middle };
-            into_stream(layer.mlp_in.as_ref(), entered, &d_entering, h, &mut dx)?;
-        }
+        let of = |first| Gradient { values: &inner, width: wide, first };
+        let up = if gated { width } else { 0 };
+        let parts = [(Role::Gate, of(0)), (Role::Up, of(up)), (Role::GateUp, of(0))];
+        self.through(&self.present(&parts), &entering, inside)
+    }
 
-        // Attention.
-        let at_attention = if s.parallel { Buffer::from_slice(upstream) } else { dx.clone() };
-        let d_attended =
-            self.unscaled(&at_attention, trace.attended.as_ref(), layer.attention_out.as_ref())?;
-        let d_attended =
-            Gradient { values: d_attended.as_deref().unwrap_or(&at_attention), width: h, first: 0 };
-        let d_gathered = self.through(&[(Role::Output, d_attended)], &trace.output, &trace.inside)?;
+    /// The gradient for what attention reads, if it is wanted.
+    fn attention(
+        &mut self,
+        trace: &AttentionTrace,
+        upstream: &[f32],
+        inside: &[Option<Buffer>],
+        wanted: bool,
+    ) -> Result<Option<Buffer>> {
+        let (b, t, h) = self.shape;
+        let (layer, s) = (self.layer, self.layer.shape);
+        let d_given = self.unscaled(upstream, trace.given.as_ref(), layer.attention_out.as_ref())?;
+        let d_given = Gradient { values: d_given.as_deref().unwrap_or(upstream), width: h, first: 0 };
+        let d_gathered = self.through(&[(Role::Output, d_given)], &trace.output, inside)?;
         let places = layer.places();
         let mut d_qkv = Buffer::new(trace.qkv.len());
-        let sequences = sequences(self.shape.0, t);
+        let sequences = sequences(b, t);
         let attention = layer.attention(&trace.qkv, places, &sequences);
         attention.backward(&trace.gathered, &trace.log_sums, &d_gathered, &mut d_qkv);
         drop(d_gathered);
         let angles = self.pass.angles(s.layer.rope)?;
-        let norms = [
-            (HeadNorms::of(&layer.q_norm, s.heads, s.head_dim)?, places.q),
-            (HeadNorms::of(&layer.k_norm, s.kv_heads, s.head_dim)?, places.k),
-        ];
+        let norms = layer.head_norms()?;
         d_qkv.par_chunks_mut(places.width).enumerate().for_each(|(i, row)| {
             if let Some(angles) = &angles {
                 layer.rotate(row, places, angles.of(i % t), -1.0);
             }
             if let Some(raw) = &trace.raw {
                 let raw = &raw[i * places.width..(i + 1) * places.width];
-                for (norm, place) in &norms {
+                for (norm, place) in norms.iter().zip([places.q, places.k]) {
                     if let Some(norm) = norm {
-                        norm.back(raw, row, *place);
+                        norm.back(raw, row, place);
                     }
                 }
             }
         });
-        let d = s.head_dim;
-        let of_qkv = |first| Gradient { values: &d_qkv, width: places.width, first };
-        let parts = [
-            (Role::Query, of_qkv(0)),
-            (Role::Key, of_qkv(s.heads * d)),
-            (Role::Value, of_qkv((s.heads + s.kv_heads) * d)),
-            (Role::QueryKeyValue, of_qkv(0)),
-        ];
-        let parts = self.present(&parts);
-        if !wanted {
-            self.of_adapters(&parts, &trace.read, &trace.inside)?;
-            return Ok((None, self.gradients));
+        let of = |first| Gradient { values: &d_qkv, width: places.width, first };
+        let parts = self.present(&[
+            (Role::Query, of(places.q.0)),
+            (Role::Key, of(places.k.0)),
+            (Role::Value, of(places.v.0)),
+            (Role::QueryKeyValue, of(0)),
+        ]);
+        if wanted {
+            return self.through(&parts, &trace.read, inside).map(Some);
         }
-        let mut d_read = self.through(&parts, &trace.read, &trace.inside)?;
-        if shares_norm {
-            rows::add_scaled(&mut d_read, 1.0, &d_entering);
+        for (role, dy) in parts {
+            let (index, linear) = layer.indexed(role).ok_or_else(|| missing(role))?;
+            self.of_adapter(index, linear, dy, &trace.read, inside)?;
         }
-        into_stream(layer.attention_in.as_ref(), x, &d_read, h, &mut dx)?;
-        Ok((Some(dx), self.gradients))
+        Ok(None)
     }
 
     /// Those parts that this layer has.
@@ -669,20 +716,6 @@ impl Back<'_> {
             }
         }
         Ok(dx)
-    }
-
-    /// Notes the gradients of the adapters only.
-    fn of_adapters(
-        &mut self,
-        parts: &[(Role, Gradient)],
-        input: &Left,
-        inside: &[Option<Buffer>],
-    ) -> Result<()> {
-        for (role, dy) in parts {
-            let (index, linear) = self.layer.indexed(*role).ok_or_else(|| missing(*role))?;
-            self.of_adapter(index, linear, *dy, input, inside)?;
-        }
-        Ok(())
     }
 
     /// Notes the gradient of one adapter; gives the one inside it, and the matrix that brings it to the input.
