@@ -177,6 +177,16 @@ impl Decode for Bf16<'_> {
     #[inline(always)]
     fn halves<const WIDE: bool>(&self, at: usize) -> [u32; 16] {
         let bytes = &self.0[2 * at..2 * at + 32];
+        #[cfg(target_arch = "x86_64")]
+        if WIDE {
+            use std::arch::x86_64::{__m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32};
+            // SAFETY: 32 bytes in, sixteen words out; the processor has AVX-512 where `WIDE` is true.
+            #[allow(unsafe_code)]
+            return unsafe {
+                let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bytes.as_ptr().cast()));
+                std::mem::transmute::<__m512i, [u32; 16]>(words)
+            };
+        }
         std::array::from_fn(|i| u32::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])))
     }
 }
@@ -511,21 +521,55 @@ fn any_dot<D: Decode, const WIDE: bool>(data: &D, at: usize, x: Dot, sums: &mut 
             let row = (4 * four + i).min(x.rows - 1);
             &x.values[row * depth..(row + 1) * depth]
         });
-        let mut lanes = [[0f32; 16]; 4];
-        for start in (0..depth / 16 * 16).step_by(16) {
-            let w = data.sixteen::<WIDE>(at + start);
-            for (lanes, row) in lanes.iter_mut().zip(rows) {
-                let row: &[f32; 16] = row[start..start + 16].try_into().expect("sixteen. This is a bug.");
-                for i in 0..16 {
-                    lanes[i] += w[i] * row[i];
-                }
-            }
-        }
-        for (i, (sum, lanes)) in sums.iter_mut().zip(lanes).enumerate() {
-            *sum += lanes.iter().sum::<f32>();
-            for (start, x) in rows[i].iter().enumerate().skip(depth / 16 * 16) {
-                *sum += data.value(at + start) * x;
+        let whole = four_sums::<D, WIDE>(data, at, rows);
+        for (i, (sum, whole)) in sums.iter_mut().zip(whole).enumerate() {
+            *sum += whole;
+            if !depth.is_multiple_of(16) {
+                *sum += rest(data, at, rows[i]);
             }
         }
     }
+}
+
+/// Four sums of products over whole sixteens.
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn four_sums<D: Decode, const WIDE: bool>(data: &D, at: usize, rows: [&[f32]; 4]) -> [f32; 4] {
+    let whole = rows[0].len() / 16 * 16;
+    #[cfg(target_arch = "x86_64")]
+    if WIDE {
+        use std::arch::x86_64::{
+            __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_reduce_add_ps, _mm512_setzero_ps,
+        };
+        let rows = rows.map(|row| &row[..whole]);
+        // SAFETY: all reads are below `whole`; the processor has AVX-512 where `WIDE` is true.
+        #[allow(unsafe_code)]
+        return unsafe {
+            let mut lanes = [_mm512_setzero_ps(); 4];
+            for start in (0..whole).step_by(16) {
+                let w = std::mem::transmute::<[f32; 16], __m512>(data.sixteen::<WIDE>(at + start));
+                for i in 0..4 {
+                    lanes[i] = _mm512_fmadd_ps(w, _mm512_loadu_ps(rows[i].as_ptr().add(start)), lanes[i]);
+                }
+            }
+            lanes.map(|lanes| _mm512_reduce_add_ps(lanes))
+        };
+    }
+    let mut lanes = [[0f32; 16]; 4];
+    for start in (0..whole).step_by(16) {
+        let w = data.sixteen::<WIDE>(at + start);
+        for (lanes, row) in lanes.iter_mut().zip(rows) {
+            for ((lane, w), x) in lanes.iter_mut().zip(w).zip(&row[start..start + 16]) {
+                *lane += w * x;
+            }
+        }
+    }
+    lanes.map(|lanes| lanes.iter().sum())
+}
+
+/// What is left of a product behind whole sixteens.
+#[inline(never)]
+fn rest<D: Decode>(data: &D, at: usize, x: &[f32]) -> f32 {
+    let first = x.len() / 16 * 16;
+    x[first..].iter().enumerate().map(|(i, x)| data.value(at + first + i) * x).sum()
 }
