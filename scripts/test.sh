@@ -50,6 +50,16 @@ for kernel in bf16 avx2 plain candle; do
   SECATEUR_KERNEL=$kernel cargo test --locked -- kernel:: parity:: heal:: 2>&1 | tee -a "$log" || status=$?
 done
 
+# AMX by an emulator: the instructions are checked on every machine, the few that have them and the many that do not.
+if [ "$(uname -sm)" = "Linux x86_64" ] && grep -qw avx512_bf16 /proc/cpuinfo && command -v gcc >/dev/null; then
+  emulator=$(mktemp -d)
+  trap 'rm -rf "$log" "$emulator"' EXIT
+  gcc -O2 -Wall -Wextra -Werror -shared -fPIC -o "$emulator/amx.so" tests/emulate_amx.c
+  cargo test --locked --no-run 2>/dev/null
+  CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$emulator/amx.so SECATEUR_KERNEL=amx" \
+    cargo test --locked -- kernel:: parity:: heal:: 2>&1 | tee -a "$log" || status=$?
+fi
+
 # One line for all test binaries; a run without a test is no proof.
 awk -v status="$status" '
   /^test result:/ { passed += $4; failed += $6; ignored += $8 }

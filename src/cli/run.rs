@@ -34,7 +34,7 @@ pub struct Args {
     device: String,
     /// The least precision to compute with. `f32` agrees with transformers in float32. On a CPU the other two
     /// concern products with weights alone: `bf16` rounds what comes in to bfloat16, `high` to the sum of two
-    /// (both only where the processor multiplies bfloat16, else all is f32). On CUDA `bf16` computes in bf16
+    /// (both only where that is faster, with AMX or on AMD with AVX512-BF16, else all is f32). On CUDA `bf16` computes in bf16
     /// and the other two in f32.
     #[arg(long, value_enum, default_value_t = Precision::Bf16)]
     precision: Precision,

@@ -1,13 +1,15 @@
 //! One decoder layer.
 
+mod back;
 mod candle;
 mod experts;
 mod native;
 
 use candle_core::{DType, Tensor};
 
+pub use back::AdapterGradient;
 pub use candle::Pass;
-pub use native::{AdapterGradient, Trace};
+pub use native::Trace;
 
 use self::experts::Experts;
 use super::cache::LayerCache;

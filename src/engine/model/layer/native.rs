@@ -11,7 +11,7 @@ use crate::checkpoint::family::Qkv;
 use crate::checkpoint::{Activation, Role};
 use crate::engine::model::cache::LayerCache;
 use crate::engine::model::kernel::Rounding;
-use crate::engine::model::kernel::attention::{Attention, Heads, Sequence, outer};
+use crate::engine::model::kernel::attention::{Attention, Heads, Sequence};
 use crate::engine::model::kernel::buffer::Buffer;
 use crate::engine::model::kernel::left::Left;
 use crate::engine::model::kernel::matrix::{Matrix, Side};
@@ -20,68 +20,58 @@ use crate::engine::model::kernel::rows::{self, Bend, Scoring};
 use crate::engine::model::lora::Adapter;
 use crate::engine::model::weight::{Frozen, floats, with};
 
-/// The gradient of one adapter.
-pub struct AdapterGradient {
-    /// Among the layer's linear layers.
-    pub linear: usize,
-    /// `[rank, inputs]`.
-    pub a: Tensor,
-    /// `[outputs, rank]`.
-    pub b: Tensor,
-}
-
 /// What a forward pass leaves for its backward pass, by rows (tokens).
 pub struct Trace {
-    attention: AttentionTrace,
+    pub(super) attention: AttentionTrace,
     /// The stream between attention and MLP.
-    middle: Buffer,
-    mlp: MlpTrace,
+    pub(super) middle: Buffer,
+    pub(super) mlp: MlpTrace,
     /// `scale · A x` of each linear layer with an adapter.
-    inside: Vec<Option<Buffer>>,
-    leaving: Vec<f32>,
+    pub(super) inside: Vec<Option<Buffer>>,
+    pub(super) leaving: Vec<f32>,
 }
 
-struct AttentionTrace {
+pub(super) struct AttentionTrace {
     /// What attention reads.
-    read: Left,
+    pub(super) read: Left,
     /// Queries, keys and values before their norms, where they have some.
-    raw: Option<Buffer>,
-    qkv: Buffer,
+    pub(super) raw: Option<Buffer>,
+    pub(super) qkv: Buffer,
     /// What the heads gather, and the logarithms of their sums of exponentials.
-    gathered: Buffer,
-    log_sums: Buffer,
+    pub(super) gathered: Buffer,
+    pub(super) log_sums: Buffer,
     /// What was gathered, packed.
-    output: Left,
+    pub(super) output: Left,
     /// What attention gives, before its norm, where it has one.
-    given: Option<Buffer>,
+    pub(super) given: Option<Buffer>,
 }
 
-struct MlpTrace {
-    entering: Left,
+pub(super) struct MlpTrace {
+    pub(super) entering: Left,
     /// Gate, then up, or what stands in for both.
-    inner: Buffer,
-    hidden: Left,
+    pub(super) inner: Buffer,
+    pub(super) hidden: Left,
     /// What the MLP gives, before its norm, where it has one.
-    given: Option<Buffer>,
+    pub(super) given: Option<Buffer>,
 }
 
 /// Widths inside the MLP.
-struct Inner {
+pub(super) struct Inner {
     /// Of gate and up together, or of the one that stands in for both.
-    inner: usize,
-    hidden: usize,
+    pub(super) inner: usize,
+    pub(super) hidden: usize,
     /// There is a gate.
-    gated: bool,
+    pub(super) gated: bool,
 }
 
 /// Where queries, keys and values lie in a row of all three.
 #[derive(Clone, Copy)]
-struct Places {
-    width: usize,
+pub(super) struct Places {
+    pub(super) width: usize,
     /// Start and step from head to head.
-    q: (usize, usize),
-    k: (usize, usize),
-    v: (usize, usize),
+    pub(super) q: (usize, usize),
+    pub(super) k: (usize, usize),
+    pub(super) v: (usize, usize),
 }
 
 impl Trace {
@@ -120,31 +110,7 @@ impl Layer {
         Ok((leaving, trace))
     }
 
-    /// The gradients of all adapters, and that of `x`, if it is wanted, for the gradient `upstream` of what
-    /// the layer gives for `x`. Without a trace of that pass it is run again.
-    pub fn backward(
-        &self,
-        x: &Tensor,
-        pass: &Pass,
-        trace: Option<Trace>,
-        upstream: &Tensor,
-        wanted: bool,
-    ) -> Result<(Option<Tensor>, Vec<AdapterGradient>)> {
-        let shape = x.dims3()?;
-        let (dx, gradients) = with(x, |x| {
-            with(upstream, |upstream| {
-                let trace = match trace {
-                    Some(trace) => trace,
-                    None => self.run(x, shape, pass, None, true)?,
-                };
-                Back { layer: self, pass, shape, gradients: Vec::new() }.run(x, trace, upstream, wanted)
-            })
-        })???;
-        let dx = dx.map(|dx| Tensor::from_vec(dx.to_vec(), shape, &Device::Cpu)).transpose()?;
-        Ok((dx, gradients))
-    }
-
-    fn run(
+    pub(super) fn run(
         &self,
         x: &[f32],
         shape: (usize, usize, usize),
@@ -244,7 +210,7 @@ impl Layer {
     }
 
     /// Norms of queries and of keys.
-    fn head_norms(&self) -> Result<[Option<HeadNorms>; 2]> {
+    pub(super) fn head_norms(&self) -> Result<[Option<HeadNorms>; 2]> {
         let s = self.shape;
         Ok([
             HeadNorms::of(&self.q_norm, s.heads, s.head_dim)?,
@@ -283,7 +249,7 @@ impl Layer {
         Ok(norm.is_some().then_some(y))
     }
 
-    fn indexed(&self, role: Role) -> Option<(usize, &Linear)> {
+    pub(super) fn indexed(&self, role: Role) -> Option<(usize, &Linear)> {
         self.linears.iter().enumerate().find(|(_, linear)| linear.role == role)
     }
 
@@ -295,14 +261,14 @@ impl Layer {
         each.all(|rounding| rounding == first).then_some(first).flatten()
     }
 
-    fn inner(&self) -> Result<Inner> {
+    pub(super) fn inner(&self) -> Result<Inner> {
         let down = self.linear(Role::Down).ok_or_else(|| missing(Role::Down))?.frozen()?;
         let hidden = down.matrix.depth(down.side(false));
         let gated = self.linear(Role::Gate).is_some() || self.linear(Role::GateUp).is_some();
         Ok(Inner { inner: if gated { 2 * hidden } else { hidden }, hidden, gated })
     }
 
-    fn places(&self) -> Places {
+    pub(super) fn places(&self) -> Places {
         let s = self.shape;
         let d = s.head_dim;
         match s.qkv {
@@ -318,7 +284,12 @@ impl Layer {
         }
     }
 
-    fn attention<'a>(&self, qkv: &'a [f32], places: Places, sequences: &'a [Sequence]) -> Attention<'a> {
+    pub(super) fn attention<'a>(
+        &self,
+        qkv: &'a [f32],
+        places: Places,
+        sequences: &'a [Sequence],
+    ) -> Attention<'a> {
         let s = self.shape;
         let heads = |(start, head)| Heads { values: qkv, start, row: places.width, head };
         Attention {
@@ -374,7 +345,7 @@ impl Layer {
     }
 
     /// Rotates the queries and keys of a row; back when `sign` is -1.
-    fn rotate(&self, row: &mut [f32], places: Places, (cos, sin): (&[f32], &[f32]), sign: f32) {
+    pub(super) fn rotate(&self, row: &mut [f32], places: Places, (cos, sin): (&[f32], &[f32]), sign: f32) {
         let d = self.shape.head_dim;
         for ((start, step), heads) in [(places.q, self.shape.heads), (places.k, self.shape.kv_heads)] {
             for head in 0..heads {
@@ -385,11 +356,11 @@ impl Layer {
 }
 
 /// Sequences of `t` rows each, without a past.
-fn sequences(b: usize, t: usize) -> Vec<Sequence> {
+pub(super) fn sequences(b: usize, t: usize) -> Vec<Sequence> {
     (0..b).map(|i| Sequence { first_query: i * t, queries: t, first_key: i * t, past: 0 }).collect()
 }
 
-fn bend(activation: Activation) -> Bend {
+pub(super) fn bend(activation: Activation) -> Bend {
     match activation {
         Activation::Silu => Bend::Silu,
         Activation::Gelu => Bend::Gelu,
@@ -413,7 +384,7 @@ impl Norm {
 }
 
 /// Norms of the heads of queries or of keys.
-struct HeadNorms {
+pub(super) struct HeadNorms {
     /// One for all parts, or one for each.
     norms: Vec<rows::Norm>,
     /// Heads, or all heads as one.
@@ -438,7 +409,7 @@ impl HeadNorms {
     }
 
     /// Norms what lies at `start`, `step` from part to part, in place.
-    fn row(&self, row: &mut [f32], (start, step): (usize, usize)) {
+    pub(super) fn row(&self, row: &mut [f32], (start, step): (usize, usize)) {
         let mut before = vec![0.0; self.width];
         for part in 0..self.parts {
             let values = &mut row[start + part * step..][..self.width];
@@ -448,7 +419,7 @@ impl HeadNorms {
     }
 
     /// Turns the gradient in `row` into that of what was normed, `raw`.
-    fn back(&self, raw: &[f32], row: &mut [f32], (start, step): (usize, usize)) {
+    pub(super) fn back(&self, raw: &[f32], row: &mut [f32], (start, step): (usize, usize)) {
         let mut dy = vec![0.0; self.width];
         for part in 0..self.parts {
             let at = start + part * step..start + part * step + self.width;
@@ -460,11 +431,11 @@ impl HeadNorms {
 }
 
 impl Linear {
-    fn frozen(&self) -> Result<&Frozen> {
+    pub(super) fn frozen(&self) -> Result<&Frozen> {
         self.weight.frozen().ok_or_else(|| missing(self.role))
     }
 
-    fn outputs(&self) -> Result<usize> {
+    pub(super) fn outputs(&self) -> Result<usize> {
         let frozen = self.frozen()?;
         Ok(frozen.matrix.results(frozen.side(false)))
     }
@@ -494,13 +465,13 @@ impl Linear {
 }
 
 /// Adapters have all digits of float32: only who rounds to bfloat16 anyway rounds them.
-fn once(rounding: Option<Rounding>) -> Option<Rounding> {
+pub(super) fn once(rounding: Option<Rounding>) -> Option<Rounding> {
     rounding.filter(|rounding| *rounding == Rounding::Once)
 }
 
 impl Adapter {
     /// `A`, `B` and their rank.
-    fn matrices(&self) -> Result<(Matrix, Matrix, usize)> {
+    pub(super) fn matrices(&self) -> Result<(Matrix, Matrix, usize)> {
         let ((rank, inputs), (outputs, _)) = (self.a.dims2()?, self.b.dims2()?);
         let a = with(&self.a, |a| Matrix::floats(a, rank, inputs))?;
         let b = with(&self.b, |b| Matrix::floats(b, outputs, rank))?;
@@ -519,241 +490,9 @@ impl Adapter {
     }
 
     /// Zeroes what dropout takes of the inputs from `first` on.
-    fn drop_out(&self, first: usize, values: &mut [f32]) {
+    pub(super) fn drop_out(&self, first: usize, values: &mut [f32]) {
         if let Some(dropout) = self.dropout {
             dropout.apply(first, values);
         }
     }
-}
-
-/// The backward pass of one layer.
-struct Back<'a> {
-    layer: &'a Layer,
-    pass: &'a Pass,
-    shape: (usize, usize, usize),
-    gradients: Vec<AdapterGradient>,
-}
-
-/// Rows of gradients: `width` values each, of which those from `first` on are meant.
-#[derive(Clone, Copy)]
-struct Gradient<'a> {
-    values: &'a [f32],
-    width: usize,
-    first: usize,
-}
-
-impl Gradient<'_> {
-    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
-        let at = row * self.width + self.first + first;
-        out.copy_from_slice(&self.values[at..at + out.len()]);
-    }
-}
-
-impl Back<'_> {
-    fn run(
-        mut self,
-        x: &[f32],
-        trace: Trace,
-        upstream: &[f32],
-        wanted: bool,
-    ) -> Result<(Option<Buffer>, Vec<AdapterGradient>)> {
-        let h = self.shape.2;
-        let layer = self.layer;
-        let parallel = layer.shape.parallel;
-        let Trace { attention, middle, mlp, inside, .. } = trace;
-        let mut dx = Buffer::from_slice(upstream);
-        let d_entering = self.mlp(mlp, upstream, &inside)?;
-        let shares_norm = parallel && layer.mlp_in.is_none();
-        if !shares_norm {
-            let read = if parallel { x } else { &middle };
-            into_stream(layer.mlp_in.as_ref(), read, &d_entering, h, &mut dx)?;
-        }
-        let at_attention = if parallel { Buffer::from_slice(upstream) } else { dx.clone() };
-        let Some(mut d_read) = self.attention(&attention, &at_attention, &inside, wanted)? else {
-            return Ok((None, self.gradients));
-        };
-        if shares_norm {
-            rows::add_scaled(&mut d_read, 1.0, &d_entering);
-        }
-        into_stream(layer.attention_in.as_ref(), x, &d_read, h, &mut dx)?;
-        Ok((Some(dx), self.gradients))
-    }
-
-    /// The gradient for what the MLP reads.
-    fn mlp(&mut self, trace: MlpTrace, upstream: &[f32], inside: &[Option<Buffer>]) -> Result<Buffer> {
-        let Inner { inner: wide, hidden: width, gated } = self.layer.inner()?;
-        let MlpTrace { entering, mut inner, hidden, given } = trace;
-        let d_given = self.unscaled(upstream, given.as_ref(), self.layer.mlp_out.as_ref())?;
-        let values = d_given.as_deref().unwrap_or(upstream);
-        let d_given = Gradient { values, width: self.shape.2, first: 0 };
-        let d_hidden = self.through(&[(Role::Down, d_given)], &hidden, inside)?;
-        let bend = bend(self.layer.shape.activation);
-        inner.par_chunks_mut(wide).zip(d_hidden.par_chunks(width)).for_each(|(row, dy)| {
-            let (gate, up) = row.split_at_mut(width);
-            rows::bent_back(bend, gate, up, dy);
-        });
-        let of = |first| Gradient { values: &inner, width: wide, first };
-        let up = if gated { width } else { 0 };
-        let parts = [(Role::Gate, of(0)), (Role::Up, of(up)), (Role::GateUp, of(0))];
-        self.through(&self.present(&parts), &entering, inside)
-    }
-
-    /// The gradient for what attention reads, if it is wanted.
-    fn attention(
-        &mut self,
-        trace: &AttentionTrace,
-        upstream: &[f32],
-        inside: &[Option<Buffer>],
-        wanted: bool,
-    ) -> Result<Option<Buffer>> {
-        let (b, t, h) = self.shape;
-        let (layer, s) = (self.layer, self.layer.shape);
-        let d_given = self.unscaled(upstream, trace.given.as_ref(), layer.attention_out.as_ref())?;
-        let d_given = Gradient { values: d_given.as_deref().unwrap_or(upstream), width: h, first: 0 };
-        let d_gathered = self.through(&[(Role::Output, d_given)], &trace.output, inside)?;
-        let places = layer.places();
-        let mut d_qkv = Buffer::new(trace.qkv.len());
-        let sequences = sequences(b, t);
-        let attention = layer.attention(&trace.qkv, places, &sequences);
-        attention.backward(&trace.gathered, &trace.log_sums, &d_gathered, &mut d_qkv);
-        drop(d_gathered);
-        let angles = self.pass.angles(s.layer.rope)?;
-        let norms = layer.head_norms()?;
-        d_qkv.par_chunks_mut(places.width).enumerate().for_each(|(i, row)| {
-            if let Some(angles) = &angles {
-                layer.rotate(row, places, angles.of(i % t), -1.0);
-            }
-            if let Some(raw) = &trace.raw {
-                let raw = &raw[i * places.width..(i + 1) * places.width];
-                for (norm, place) in norms.iter().zip([places.q, places.k]) {
-                    if let Some(norm) = norm {
-                        norm.back(raw, row, place);
-                    }
-                }
-            }
-        });
-        let of = |first| Gradient { values: &d_qkv, width: places.width, first };
-        let parts = self.present(&[
-            (Role::Query, of(places.q.0)),
-            (Role::Key, of(places.k.0)),
-            (Role::Value, of(places.v.0)),
-            (Role::QueryKeyValue, of(0)),
-        ]);
-        if wanted {
-            return self.through(&parts, &trace.read, inside).map(Some);
-        }
-        for (role, dy) in parts {
-            let (index, linear) = layer.indexed(role).ok_or_else(|| missing(role))?;
-            self.of_adapter(index, linear, dy, &trace.read, inside)?;
-        }
-        Ok(None)
-    }
-
-    /// Those parts that this layer has.
-    fn present<'b>(&self, parts: &[(Role, Gradient<'b>)]) -> Vec<(Role, Gradient<'b>)> {
-        parts.iter().filter(|(role, _)| self.layer.linear(*role).is_some()).copied().collect()
-    }
-
-    /// The gradient before a branch was normed and scaled; nothing where it was neither.
-    fn unscaled(&self, dy: &[f32], before: Option<&Buffer>, norm: Option<&Norm>) -> Result<Option<Buffer>> {
-        let scale = self.layer.shape.residual_scale as f32;
-        let h = self.shape.2;
-        let Some((before, norm)) = before.zip(norm) else {
-            return Ok((scale != 1.0).then(|| {
-                let mut out = Buffer::zeros(dy.len());
-                rows::add_scaled(&mut out, scale, dy);
-                out
-            }));
-        };
-        let norm = norm.native()?;
-        let mut out = Buffer::zeros(dy.len());
-        out.par_chunks_mut(h).zip(dy.par_chunks(h)).zip(before.par_chunks(h)).for_each(
-            |((out, dy), before)| {
-                norm.back(before, dy, out);
-                out.iter_mut().for_each(|v| *v *= scale);
-            },
-        );
-        Ok(Some(out))
-    }
-
-    /// The gradient for the common input of linear layers; notes those of their adapters.
-    fn through(
-        &mut self,
-        parts: &[(Role, Gradient)],
-        input: &Left,
-        inside: &[Option<Buffer>],
-    ) -> Result<Buffer> {
-        let rows = input.rows;
-        let mut lefts = Vec::new();
-        for (role, dy) in parts {
-            let (index, linear) = self.layer.indexed(*role).ok_or_else(|| missing(*role))?;
-            let frozen = linear.frozen()?;
-            let of_adapter = self.of_adapter(index, linear, *dy, input, inside)?;
-            let left = Left::from_rows(rows, linear.outputs()?, frozen.rounding, |i, out| dy.read(i, 0, out));
-            lefts.push((frozen, left, of_adapter));
-        }
-        let mut terms = Vec::new();
-        for (frozen, left, of_adapter) in &lefts {
-            terms.push(Term::new(left, &frozen.matrix, frozen.side(true)));
-            if let Some((left, a, adapter)) = of_adapter
-                && adapter.dropout.is_none()
-            {
-                terms.push(Term::new(left, a, Side::Columns));
-            }
-        }
-        let width = input.depth;
-        let mut dx = Buffer::new(rows * width);
-        sum(&terms, Target { values: &mut dx, width, first: 0 }, Start::Zero);
-        for (left, a, adapter) in lefts.iter().filter_map(|(_, _, of_adapter)| of_adapter.as_ref()) {
-            if adapter.dropout.is_some() {
-                let mut more = product(left, a, Side::Columns);
-                dx.par_chunks_mut(width).zip(more.par_chunks_mut(width)).enumerate().for_each(
-                    |(i, (dx, more))| {
-                        adapter.drop_out(i * width, more);
-                        rows::add_scaled(dx, 1.0, more);
-                    },
-                );
-            }
-        }
-        Ok(dx)
-    }
-
-    /// Notes the gradient of one adapter; gives the one inside it, and the matrix that brings it to the input.
-    fn of_adapter<'b>(
-        &mut self,
-        index: usize,
-        linear: &'b Linear,
-        dy: Gradient,
-        input: &Left,
-        inside: &[Option<Buffer>],
-    ) -> Result<Option<(Left, Matrix, &'b Adapter)>> {
-        let (Some(adapter), Some(inside)) = (&linear.adapter, &inside[index]) else { return Ok(None) };
-        let (a, b, rank) = adapter.matrices()?;
-        let rounding = once(linear.frozen()?.rounding);
-        let outputs = linear.outputs()?;
-        let left = Left::from_rows(input.rows, outputs, rounding, |i, out| dy.read(i, 0, out));
-        let mut within = product(&left, &b, Side::Columns);
-        within.iter_mut().for_each(|v| *v *= adapter.scale as f32);
-        let d_a = outer(&within, rank, input.depth, |i, first, out| {
-            input.read(i, first, out);
-            adapter.drop_out(i * input.depth + first, out);
-        });
-        let d_b = outer(inside, rank, outputs, |i, first, out| dy.read(i, first, out));
-        self.gradients.push(AdapterGradient {
-            linear: index,
-            a: Tensor::from_slice(&d_a, (rank, input.depth), &Device::Cpu)?,
-            b: Tensor::from_slice(&d_b, (rank, outputs), &Device::Cpu)?.t()?.contiguous()?,
-        });
-        Ok(Some((Left::new(&within, rank, rounding), a, adapter)))
-    }
-}
-
-/// Adds the gradient of what a branch reads to that of the stream.
-fn into_stream(norm: Option<&Norm>, x: &[f32], dy: &[f32], h: usize, dx: &mut [f32]) -> Result<()> {
-    let norm = norm.map(Norm::native).transpose()?;
-    dx.par_chunks_mut(h).zip(x.par_chunks(h)).zip(dy.par_chunks(h)).for_each(|((dx, x), dy)| match &norm {
-        Some(norm) => norm.back(x, dy, dx),
-        None => rows::add_scaled(dx, 1.0, dy),
-    });
-    Ok(())
 }
