@@ -87,7 +87,7 @@ impl Trace {
 }
 
 impl Layer {
-    /// Whether [`Self::run`] covers this layer: everything but experts, on the processor.
+    /// Whether our own kernels cover this layer: everything but experts, on the processor.
     pub fn is_native(&self) -> bool {
         self.experts.is_none() && self.linears.iter().all(|linear| linear.weight.frozen().is_some())
     }
