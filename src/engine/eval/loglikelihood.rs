@@ -3,6 +3,8 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+pub use crate::engine::model::kernel::rows::Likelihood;
+use crate::engine::model::kernel::rows::likelihood;
 use crate::engine::model::{Decoder, pad};
 use crate::engine::{Cx, Result};
 
@@ -12,15 +14,6 @@ pub struct Request {
     pub tokens: Vec<u32>,
     /// At least 1: the first token has nothing before it.
     pub from: usize,
-}
-
-/// How likely the scored tokens of a request are.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Likelihood {
-    /// Sum over the scored tokens, in nats.
-    pub log_likelihood: f64,
-    /// Every scored token is the likeliest at its place.
-    pub greedy: bool,
 }
 
 /// Padded tokens per forward pass.
@@ -71,16 +64,8 @@ fn score(decoder: &Decoder, requests: &[Request], batch: &[usize]) -> Result<Vec
         let vocab = logits.dim(1)?;
         let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
         let scored =
-            logits.par_chunks(vocab).zip(targets).map(|(row, (i, id))| (*i, token(row, *id as usize)));
+            logits.par_chunks(vocab).zip(targets).map(|(row, (i, id))| (*i, likelihood(row, *id as usize)));
         out.par_extend(scored);
     }
     Ok(out)
-}
-
-/// log softmax of `logits` at `id`, and whether `id` is the first of the largest.
-fn token(logits: &[f32], id: usize) -> Likelihood {
-    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|v| f64::from((v - best).exp())).sum();
-    let greedy = logits.iter().position(|v| *v >= best) == Some(id);
-    Likelihood { log_likelihood: f64::from(logits[id]) - f64::from(best) - sum.ln(), greedy }
 }

@@ -1,6 +1,7 @@
 //! Peak resident memory while a checkpoint is measured.
 
 use crate::engine::Cx;
+use crate::engine::model::kernel::buffer;
 
 /// Watches from its start on, where the system can forget an earlier peak.
 pub struct Watch {
@@ -10,6 +11,7 @@ pub struct Watch {
 impl Watch {
     /// Gives freed memory back and lets Linux count the peak anew.
     pub fn start() -> Self {
+        buffer::clear();
         give_back();
         Self { fresh: std::fs::write("/proc/self/clear_refs", "5").is_ok() }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::buffer::{Buffer, Line, floats_mut, words};
+use super::buffer::{Buffer, Line, Shared, words};
 use super::matrix::{strips_of, turned_strips_of};
 use super::rows::{self, Scoring};
 use super::tile::{self, Kind, Rows, STRIPS, Strips, Sums, TILE};
@@ -94,9 +94,9 @@ impl Attention<'_> {
         let keys = sequence.past + queries.end - first;
         let key = |i: usize| self.k.at(sequence.first_key + first + i, kv_head, d);
         let value = |i: usize| self.v.at(sequence.first_key + first + i, kv_head, d);
-        let mut turned_keys = lines(keys.div_ceil(16) * d);
+        let mut turned_keys = Buffer::of_lines(keys.div_ceil(16) * d);
         turned_strips_of(key, keys, d, turned_keys.lines_mut());
-        let mut values = lines(d.div_ceil(16) * keys);
+        let mut values = Buffer::of_lines(d.div_ceil(16) * keys);
         strips_of(value, keys, d, values.lines_mut());
         let width = keys.div_ceil(16) * 16;
         let mut scores = Buffer::new(TILE * width);
@@ -213,16 +213,16 @@ impl Attention<'_> {
         let out = Heads { values: out, ..d_out };
         let across = d.div_ceil(16);
         let key = |i: usize| self.k.at(sequence.first_key + i, kv_head, d);
-        let mut turned_keys = lines(keys.div_ceil(16) * d);
+        let mut turned_keys = Buffer::of_lines(keys.div_ceil(16) * d);
         turned_strips_of(key, keys, d, turned_keys.lines_mut());
-        let mut turned_values = lines(keys.div_ceil(16) * d);
+        let mut turned_values = Buffer::of_lines(keys.div_ceil(16) * d);
         let value = |i: usize| self.v.at(sequence.first_key + i, kv_head, d);
         turned_strips_of(value, keys, d, turned_values.lines_mut());
-        let mut straight_keys = lines(across * keys);
+        let mut straight_keys = Buffer::of_lines(across * keys);
         strips_of(key, keys, d, straight_keys.lines_mut());
         let width = keys.div_ceil(16) * 16;
         let (mut shares, mut d_shares) = (Buffer::new(TILE * width), Buffer::new(TILE * width));
-        let (mut of_queries, mut of_out) = (lines(across * TILE), lines(across * TILE));
+        let (mut of_queries, mut of_out) = (Buffer::of_lines(across * TILE), Buffer::of_lines(across * TILE));
         let padded = across * 16;
         let (mut d_keys, mut d_values) = (Buffer::zeros(keys * padded), Buffer::zeros(keys * padded));
         let group = self.heads / self.kv_heads;
@@ -284,10 +284,6 @@ impl Attention<'_> {
     }
 }
 
-fn lines(count: usize) -> Buffer {
-    Buffer::new(count * 16)
-}
-
 /// Hands out `left · right` row by row, in panels of columns; strips of `right` lie `strip` lines apart.
 fn each_panel(
     left: Rows,
@@ -326,74 +322,5 @@ fn add_panels(left: Rows, right: &[Line], depth: usize, count: usize, across: us
         for (i, sums) in sums.iter().enumerate().take(count) {
             out[part(i)].copy_from_slice(&sums[..16 * many]);
         }
-    }
-}
-
-/// `leftᵀ · right`, `[rank, columns]`: the gradient of a matrix. `left` has rows of `rank`; `right(i, first,
-/// out)` writes columns `first..` of its row `i`.
-pub fn outer(
-    left: &[f32],
-    rank: usize,
-    columns: usize,
-    right: impl Fn(usize, usize, &mut [f32]) + Sync,
-) -> Buffer {
-    /// Rows laid out at a time: they stay in the first-level cache.
-    const DEPTH: usize = 128;
-    /// Columns of one task.
-    const WIDTH: usize = 16 * STRIPS;
-    let rows = left.len() / rank.max(1);
-    let mut out = Buffer::zeros(rank * columns);
-    let shared = Shared::new(&mut out);
-    (0..columns.div_ceil(WIDTH)).into_par_iter().for_each(|task| {
-        let first = task * WIDTH;
-        let width = WIDTH.min(columns - first);
-        let strips = width.div_ceil(16);
-        let mut sums = vec![[[0f32; WIDTH]; TILE]; rank.div_ceil(TILE)];
-        let mut panel = lines(STRIPS * DEPTH);
-        let mut row = [0f32; WIDTH];
-        for start in (0..rows).step_by(DEPTH) {
-            let depth = DEPTH.min(rows - start);
-            for i in 0..depth {
-                right(start + i, first, &mut row[..width]);
-                for strip in 0..strips {
-                    let line = &mut floats_mut(panel.lines_mut())[(strip * DEPTH + i) * 16..][..16];
-                    line.copy_from_slice(&row[16 * strip..16 * strip + 16]);
-                }
-            }
-            let right = Strips { lines: panel.lines(), strip: DEPTH, line: 1, depth };
-            for (tile, sums) in sums.iter_mut().enumerate() {
-                let words = &words(left)[start * rank + tile * TILE..];
-                let left = Rows { words, row: 1, step: rank };
-                tile::add(Kind::Float, left, right, TILE.min(rank - tile * TILE), strips, sums);
-            }
-        }
-        for (i, sums) in sums.as_flattened().iter().enumerate().take(rank) {
-            shared.slice(i * columns + first, width).copy_from_slice(&sums[..width]);
-        }
-    });
-    out
-}
-
-/// Values that tasks write side by side, each to places of its own.
-struct Shared {
-    start: *mut f32,
-    len: usize,
-}
-
-// SAFETY: tasks take slices that do not overlap (heads, rows or columns of their own), and the values outlive
-// the tasks, which end before the function that made this returns.
-#[allow(unsafe_code)]
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    fn new(values: &mut [f32]) -> Self {
-        Self { start: values.as_mut_ptr(), len: values.len() }
-    }
-
-    #[allow(unsafe_code, clippy::mut_from_ref)]
-    fn slice(&self, start: usize, len: usize) -> &mut [f32] {
-        assert!(start + len <= self.len, "outside the result. This is a bug.");
-        // SAFETY: inside the values by the assertion, and this task's alone.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 }

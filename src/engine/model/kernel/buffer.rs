@@ -41,6 +41,10 @@ impl Buffer {
         Self { lines: found.unwrap_or_else(|| vec![Line([0.0; 16]); class]), len }
     }
 
+    pub fn of_lines(count: usize) -> Self {
+        Self::new(count * 16)
+    }
+
     pub fn zeros(len: usize) -> Self {
         let mut buffer = Self::new(len);
         buffer.fill(0.0);
@@ -69,7 +73,7 @@ fn class(lines: usize) -> usize {
     lines.div_ceil(step) * step
 }
 
-/// Gives all kept memory back.
+/// Gives all kept memory back to the allocator.
 pub fn clear() {
     if let Ok(mut pool) = POOL.lock() {
         pool.free.clear();
@@ -106,6 +110,34 @@ impl Deref for Buffer {
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         &mut floats_mut(&mut self.lines)[..self.len]
+    }
+}
+
+/// Values that tasks write side by side, each to places of its own.
+pub(super) struct Shared {
+    start: *mut f32,
+    len: usize,
+}
+
+// SAFETY: tasks take slices that do not overlap (heads, rows or columns of their own), and the values outlive
+// the tasks, which end before the function that made this returns.
+#[allow(unsafe_code)]
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub fn new(values: &mut [f32]) -> Self {
+        Self { start: values.as_mut_ptr(), len: values.len() }
+    }
+
+    /// Values `start..start + len`, which no other task may take meanwhile.
+    ///
+    /// # Panics
+    /// When they are outside.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    pub fn slice(&self, start: usize, len: usize) -> &mut [f32] {
+        assert!(start + len <= self.len, "outside the result. This is a bug.");
+        // SAFETY: inside the values by the assertion, and this task's alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 }
 

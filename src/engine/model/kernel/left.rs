@@ -33,14 +33,6 @@ impl Left {
         })
     }
 
-    /// Packs rows of `depth` values that are not needed any more: where they stay floats, nothing is copied.
-    pub fn of(x: Buffer, depth: usize, rounding: Option<Rounding>) -> Self {
-        if rounding.is_none() || path() < Path::Bf16 {
-            return Self { rows: x.len() / depth.max(1), depth, form: Form::Floats(x) };
-        }
-        Self::new(&x, depth, rounding)
-    }
-
     /// Packs the rows that `row(i, out)` writes.
     pub fn from_rows(
         rows: usize,

@@ -52,6 +52,28 @@ impl Side {
     }
 }
 
+/// The work, compiled for each way of storing values.
+macro_rules! decoded {
+    ($stored:expr, |$data:ident| $work:expr) => {
+        match $stored {
+            Data::Bf16(bytes) => {
+                let $data = &Bf16(bytes);
+                $work
+            }
+            Data::F16(bytes) => {
+                let $data = &F16(bytes);
+                $work
+            }
+            Data::F32(bytes) => {
+                let $data = &F32(bytes);
+                $work
+            }
+            Data::Nf4($data) => $work,
+            Data::Int8($data) => $work,
+        }
+    };
+}
+
 impl Matrix {
     /// A matrix over stored bytes, which are not copied.
     ///
@@ -108,38 +130,20 @@ impl Matrix {
     /// All values of a row.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let from = row * self.columns;
-        match &self.data {
-            Data::Bf16(bytes) => copy(&Bf16(bytes), from, out),
-            Data::F16(bytes) => copy(&F16(bytes), from, out),
-            Data::F32(bytes) => copy(&F32(bytes), from, out),
-            Data::Nf4(nf4) => copy(nf4, from, out),
-            Data::Int8(int8) => copy(int8, from, out),
-        }
+        decoded!(&self.data, |data| copy(data, from, out));
     }
 
     /// Writes a strip: the sixteen results from `first` on, a line for each step of the depth from `start` on;
     /// zero outside.
     pub(super) fn strip(&self, side: Side, first: usize, start: usize, out: &mut [Line]) {
         let place = Place { rows: self.rows, columns: self.columns, first, start };
-        match &self.data {
-            Data::Bf16(bytes) => strip(&Bf16(bytes), side, place, out),
-            Data::F16(bytes) => strip(&F16(bytes), side, place, out),
-            Data::F32(bytes) => strip(&F32(bytes), side, place, out),
-            Data::Nf4(nf4) => strip(nf4, side, place, out),
-            Data::Int8(int8) => strip(int8, side, place, out),
-        }
+        decoded!(&self.data, |data| strip(data, side, place, out));
     }
 
     /// The same rounded to bfloat16, a line for each two steps, the first one in the low half.
     pub(super) fn pairs(&self, side: Side, first: usize, start: usize, out: &mut [Line]) {
         let place = Place { rows: self.rows, columns: self.columns, first, start };
-        match &self.data {
-            Data::Bf16(bytes) => pairs(&Bf16(bytes), side, place, out),
-            Data::F16(bytes) => pairs(&F16(bytes), side, place, out),
-            Data::F32(bytes) => pairs(&F32(bytes), side, place, out),
-            Data::Nf4(nf4) => pairs(nf4, side, place, out),
-            Data::Int8(int8) => pairs(int8, side, place, out),
-        }
+        decoded!(&self.data, |data| pairs(data, side, place, out));
     }
 }
 
@@ -158,7 +162,7 @@ pub(super) trait Decode {
     }
 }
 
-pub(super) struct Bf16<'a>(pub &'a [u8]);
+struct Bf16<'a>(&'a [u8]);
 struct F16<'a>(&'a [u8]);
 struct F32<'a>(&'a [u8]);
 
@@ -275,32 +279,33 @@ impl Place {
     }
 }
 
-/// Compiles `any` twice, once for AVX-512, and calls the one that fits.
+/// A function that calls `any` compiled for AVX-512 where that is there, else for any processor.
 macro_rules! twice {
-    ($name:ident, $any:ident) => {
-        fn $name<D: Decode>(data: &D, side: Side, place: Place, out: &mut [Line]) {
+    (fn $name:ident($($argument:ident: $kind:ty),*) = $any:ident) => {
+        fn $name<D: Decode>(data: &D, $($argument: $kind),*) {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,fma,f16c")]
-                fn on_avx512<D: Decode>(data: &D, side: Side, place: Place, out: &mut [Line]) {
-                    $any::<D, true>(data, side, place, out);
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+                fn on_avx512<D: Decode>(data: &D, $($argument: $kind),*) {
+                    $any::<D, true>(data, $($argument),*);
                 }
                 if wide() {
                     // SAFETY: the features are there.
                     #[allow(unsafe_code)]
                     unsafe {
-                        on_avx512(data, side, place, out);
+                        on_avx512(data, $($argument),*);
                     }
                     return;
                 }
             }
-            $any::<D, false>(data, side, place, out);
+            $any::<D, false>(data, $($argument),*);
         }
     };
 }
 
-twice!(strip, any_strip);
-twice!(pairs, any_pairs);
+twice!(fn strip(side: Side, place: Place, out: &mut [Line]) = any_strip);
+twice!(fn pairs(side: Side, place: Place, out: &mut [Line]) = any_pairs);
+twice!(fn dot(at: usize, x: Dot, sums: &mut [f32; FEW]) = any_dot);
 
 #[inline(always)]
 #[allow(clippy::inline_always)]
@@ -482,33 +487,8 @@ impl Matrix {
     /// `sums[i] += x[i] · row`.
     pub(super) fn dot(&self, row: usize, x: Dot, sums: &mut [f32; FEW]) {
         let at = row * self.columns;
-        match &self.data {
-            Data::Bf16(bytes) => dot(&Bf16(bytes), at, x, sums),
-            Data::F16(bytes) => dot(&F16(bytes), at, x, sums),
-            Data::F32(bytes) => dot(&F32(bytes), at, x, sums),
-            Data::Nf4(nf4) => dot(nf4, at, x, sums),
-            Data::Int8(int8) => dot(int8, at, x, sums),
-        }
+        decoded!(&self.data, |data| dot(data, at, x, sums));
     }
-}
-
-fn dot<D: Decode>(data: &D, at: usize, x: Dot, sums: &mut [f32; FEW]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
-        fn on_avx512<D: Decode>(data: &D, at: usize, x: Dot, sums: &mut [f32; FEW]) {
-            any_dot::<D, true>(data, at, x, sums);
-        }
-        if wide() {
-            // SAFETY: the features are there.
-            #[allow(unsafe_code)]
-            unsafe {
-                on_avx512(data, at, x, sums);
-            }
-            return;
-        }
-    }
-    any_dot::<D, false>(data, at, x, sums);
 }
 
 #[inline(always)]

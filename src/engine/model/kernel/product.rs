@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::amx;
-use super::buffer::{Buffer, Line, words};
+use super::buffer::{Buffer, Line, Shared, floats_mut, words};
 use super::few;
 use super::left::{Form, Left};
 use super::matrix::{Matrix, Side};
@@ -80,7 +80,7 @@ pub fn sum(terms: &[Term], target: Target, start: Start) {
     if let Start::Bias(bias) = start {
         assert_eq!(bias.len(), results, "a bias that does not fit. This is a bug.");
     }
-    let out = Out { start: target.values.as_mut_ptr(), rows, width: target.width, first: target.first };
+    let out = Out { values: Shared::new(target.values), rows, width: target.width, first: target.first };
     if rows <= FEW && terms.iter().all(|term| term.side == Side::Rows) {
         return few::sum(terms, &out, start);
     }
@@ -166,7 +166,7 @@ impl Work<'_> {
         let mut sums: Sums = [[0.0; 16 * STRIPS]; TILE];
         for (number, pass) in self.passes.iter().enumerate() {
             let depth = depth_of(pass);
-            let mut scratch = Buffer::new(strips.len() * depth * 16);
+            let mut scratch = Buffer::of_lines(strips.len() * depth);
             let lines = scratch.lines_mut();
             for (strip, lines) in strips.clone().zip(lines.chunks_mut(depth)) {
                 self.unpack(pass, strip, lines);
@@ -268,32 +268,24 @@ pub(super) struct Place {
 
 /// A target that tasks write to side by side, each to places of its own.
 pub(super) struct Out {
-    start: *mut f32,
+    values: Shared,
     pub rows: usize,
     width: usize,
     first: usize,
 }
-
-// SAFETY: tasks get places that do not overlap, so no two touch the same value; and the target outlives them,
-// as they end before `sum` returns.
-#[allow(unsafe_code)]
-unsafe impl Sync for Out {}
 
 impl Out {
     /// The values of a row of a place.
     ///
     /// # Panics
     /// When they are outside the target.
-    #[allow(unsafe_code, clippy::mut_from_ref)]
+    #[allow(clippy::mut_from_ref)]
     fn row(&self, row: usize, column: usize, width: usize) -> &mut [f32] {
         assert!(
             row < self.rows && self.first + column + width <= self.width,
             "outside the result. This is a bug."
         );
-        // SAFETY: inside the target by the assertion; only this task touches this place, one row at a time.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.start.add(row * self.width + self.first + column), width)
-        }
+        self.values.slice(row * self.width + self.first + column, width)
     }
 
     pub fn read(&self, place: Place, sums: &mut Sums) {
@@ -313,6 +305,51 @@ impl Out {
         let out = &mut self.row(row, column, 1)[0];
         *out = if add { *out + value } else { value };
     }
+}
+
+/// `leftᵀ · right`, `[rank, columns]`: the gradient of a matrix. `left` has rows of `rank`; `right(i, first,
+/// out)` writes columns `first..` of its row `i`.
+pub fn outer(
+    left: &[f32],
+    rank: usize,
+    columns: usize,
+    right: impl Fn(usize, usize, &mut [f32]) + Sync,
+) -> Buffer {
+    /// Rows laid out at a time: they stay in the first-level cache.
+    const DEPTH: usize = 128;
+    /// Columns of one task.
+    const WIDTH: usize = 16 * STRIPS;
+    let rows = left.len() / rank.max(1);
+    let mut out = Buffer::zeros(rank * columns);
+    let shared = Shared::new(&mut out);
+    (0..columns.div_ceil(WIDTH)).into_par_iter().for_each(|task| {
+        let first = task * WIDTH;
+        let width = WIDTH.min(columns - first);
+        let strips = width.div_ceil(16);
+        let mut sums = vec![[[0f32; WIDTH]; TILE]; rank.div_ceil(TILE)];
+        let mut panel = Buffer::of_lines(STRIPS * DEPTH);
+        let mut row = [0f32; WIDTH];
+        for start in (0..rows).step_by(DEPTH) {
+            let depth = DEPTH.min(rows - start);
+            for i in 0..depth {
+                right(start + i, first, &mut row[..width]);
+                for strip in 0..strips {
+                    let line = &mut floats_mut(panel.lines_mut())[(strip * DEPTH + i) * 16..][..16];
+                    line.copy_from_slice(&row[16 * strip..16 * strip + 16]);
+                }
+            }
+            let right = Strips { lines: panel.lines(), strip: DEPTH, line: 1, depth };
+            for (tile, sums) in sums.iter_mut().enumerate() {
+                let words = &words(left)[start * rank + tile * TILE..];
+                let left = Rows { words, row: 1, step: rank };
+                tile::add(Kind::Float, left, right, TILE.min(rank - tile * TILE), strips, sums);
+            }
+        }
+        for (i, sums) in sums.as_flattened().iter().enumerate().take(rank) {
+            shared.slice(i * columns + first, width).copy_from_slice(&sums[..width]);
+        }
+    });
+    out
 }
 
 #[cfg(test)]

@@ -298,19 +298,26 @@ pub struct Scoring {
     pub cap: Option<f32>,
 }
 
+/// Scales values, and caps them if there is a cap above 0.
+#[inline(always)]
+#[allow(clippy::inline_always)]
+fn scaled(values: &mut [f32], scale: f32, cap: f32) {
+    if cap > 0.0 {
+        for value in values.iter_mut() {
+            *value = cap * tanh(*value * scale / cap);
+        }
+    } else {
+        for value in values.iter_mut() {
+            *value *= scale;
+        }
+    }
+}
+
 /// A row of scores becomes `exp(score - most)` over what it sees, zero elsewhere; gives their sum and `most`.
 pub fn shares(scores: &mut [f32], seen: Range<usize>, scoring: Scoring) -> (f32, f32) {
     vectorised! {
         fn go(scores: &mut [f32], scale: f32, cap: f32) -> (f32, f32) {
-            if cap > 0.0 {
-                for score in scores.iter_mut() {
-                    *score = cap * tanh(*score * scale / cap);
-                }
-            } else {
-                for score in scores.iter_mut() {
-                    *score *= scale;
-                }
-            }
+            scaled(scores, scale, cap);
             let larger = |a: f32, b: f32| if b > a { b } else { a };
             let most = lanes!(scores.len(), f32::NEG_INFINITY, |i, most| larger(most, scores[i]), |a, b| larger(a, b));
             for score in scores.iter_mut() {
@@ -359,28 +366,20 @@ pub fn shares_back(
     go(scores, gradients, scoring.scale, scoring.cap.unwrap_or(0.0), log_sum, along);
 }
 
-/// What a row of logits says of a token.
-#[derive(Debug, Clone, Copy)]
-pub struct Said {
-    /// `ln p(token)`, in nats.
+/// How likely tokens are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Likelihood {
+    /// Sum over the tokens, in nats.
     pub log_likelihood: f64,
-    /// The token is the first of the likeliest.
+    /// Every token is the first of the likeliest at its place.
     pub greedy: bool,
 }
 
-/// Caps and scales a row of logits in place.
+/// Scales and caps a row of logits in place.
 pub fn finish_logits(logits: &mut [f32], scale: f32, cap: Option<f32>) {
     vectorised! {
         fn go(logits: &mut [f32], scale: f32, cap: f32) {
-            if cap > 0.0 {
-                for logit in logits.iter_mut() {
-                    *logit = cap * tanh(*logit * scale / cap);
-                }
-            } else {
-                for logit in logits.iter_mut() {
-                    *logit *= scale;
-                }
-            }
+            scaled(logits, scale, cap);
         }
     }
     if scale != 1.0 || cap.is_some() {
@@ -403,13 +402,10 @@ vectorised! {
 }
 
 /// How likely `token` is by finished logits.
-pub fn likelihood(logits: &[f32], token: usize) -> Said {
-    said(logits, token, mass(logits))
-}
-
-fn said(logits: &[f32], token: usize, (most, sum): (f32, f64)) -> Said {
-    let greedy = logits[token] >= most && !logits[..token].contains(&most);
-    Said { log_likelihood: f64::from(logits[token]) - f64::from(most) - sum.ln(), greedy }
+pub fn likelihood(logits: &[f32], token: usize) -> Likelihood {
+    let (most, sum) = mass(logits);
+    let greedy = logits.iter().position(|logit| *logit >= most) == Some(token);
+    Likelihood { log_likelihood: f64::from(logits[token]) - f64::from(most) - sum.ln(), greedy }
 }
 
 /// `-ln p(token)`, in nats; finished logits become `factor` times its gradient for the logits before they were
@@ -431,11 +427,11 @@ pub fn cross_entropy(logits: &mut [f32], token: usize, cap: Option<f32>, factor:
         }
     }
     let (most, sum) = mass(logits);
-    let said = said(logits, token, (most, sum));
+    let nll = f64::from(most) - f64::from(logits[token]) + sum.ln();
     let slope = cap.map_or(1.0, |cap| 1.0 - (logits[token] / cap).powi(2));
     go(logits, cap.unwrap_or(0.0), most, (1.0 / sum) as f32, factor);
     logits[token] -= factor * slope;
-    -said.log_likelihood as f32
+    nll as f32
 }
 
 #[cfg(test)]

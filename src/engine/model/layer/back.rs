@@ -6,11 +6,11 @@ use rayon::prelude::*;
 use super::native::{AttentionTrace, Inner, MlpTrace, Trace, bend, once, sequences};
 use super::{Layer, Linear, Norm, Pass, missing};
 use crate::checkpoint::Role;
-use crate::engine::model::kernel::attention::outer;
+use crate::engine::model::kernel::Rounding;
 use crate::engine::model::kernel::buffer::Buffer;
 use crate::engine::model::kernel::left::Left;
 use crate::engine::model::kernel::matrix::{Matrix, Side};
-use crate::engine::model::kernel::product::{Start, Target, Term, product, sum};
+use crate::engine::model::kernel::product::{Start, Target, Term, outer, product, sum};
 use crate::engine::model::kernel::rows;
 use crate::engine::model::lora::Adapter;
 use crate::engine::model::weight::with;
@@ -68,6 +68,11 @@ struct Gradient<'a> {
 }
 
 impl Gradient<'_> {
+    /// `rows` rows of `depth`, as a left side.
+    fn packed(&self, rows: usize, depth: usize, rounding: Option<Rounding>) -> Left {
+        Left::from_rows(rows, depth, rounding, |i, out| self.read(i, 0, out))
+    }
+
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         let at = row * self.width + self.first + first;
         out.copy_from_slice(&self.values[at..at + out.len()]);
@@ -93,8 +98,8 @@ impl Back<'_> {
             let read = if parallel { x } else { &middle };
             into_stream(layer.mlp_in.as_ref(), read, &d_entering, h, &mut dx)?;
         }
-        let at_attention = if parallel { Buffer::from_slice(upstream) } else { dx.clone() };
-        let Some(mut d_read) = self.attention(&attention, &at_attention, &inside, wanted)? else {
+        let at_attention = if parallel { upstream } else { &dx };
+        let Some(mut d_read) = self.attention(&attention, at_attention, &inside, wanted)? else {
             return Ok((None, self.gradients));
         };
         if shares_norm {
@@ -169,7 +174,8 @@ impl Back<'_> {
         }
         for (role, dy) in parts {
             let (index, linear) = layer.indexed(role).ok_or_else(|| missing(role))?;
-            self.of_adapter(index, linear, dy, &trace.read, inside)?;
+            let left = dy.packed(trace.read.rows, linear.outputs()?, linear.frozen()?.rounding);
+            self.of_adapter(index, linear, (dy, &left), &trace.read, inside)?;
         }
         Ok(None)
     }
@@ -212,10 +218,9 @@ impl Back<'_> {
         let mut lefts = Vec::new();
         for (role, dy) in parts {
             let (index, linear) = self.layer.indexed(*role).ok_or_else(|| missing(*role))?;
-            let frozen = linear.frozen()?;
-            let of_adapter = self.of_adapter(index, linear, *dy, input, inside)?;
-            let left = Left::from_rows(rows, linear.outputs()?, frozen.rounding, |i, out| dy.read(i, 0, out));
-            lefts.push((frozen, left, of_adapter));
+            let left = dy.packed(rows, linear.outputs()?, linear.frozen()?.rounding);
+            let of_adapter = self.of_adapter(index, linear, (*dy, &left), input, inside)?;
+            lefts.push((linear.frozen()?, left, of_adapter));
         }
         let mut terms = Vec::new();
         for (frozen, left, of_adapter) in &lefts {
@@ -248,16 +253,20 @@ impl Back<'_> {
         &mut self,
         index: usize,
         linear: &'b Linear,
-        dy: Gradient,
+        (dy, packed): (Gradient, &Left),
         input: &Left,
         inside: &[Option<Buffer>],
     ) -> Result<Option<(Left, Matrix, &'b Adapter)>> {
         let (Some(adapter), Some(inside)) = (&linear.adapter, &inside[index]) else { return Ok(None) };
         let (a, b, rank) = adapter.matrices()?;
-        let rounding = once(linear.frozen()?.rounding);
         let outputs = linear.outputs()?;
-        let left = Left::from_rows(input.rows, outputs, rounding, |i, out| dy.read(i, 0, out));
-        let mut within = product(&left, &b, Side::Columns);
+        let whole = linear.frozen()?.rounding;
+        let rounding = once(whole);
+        let mut within = if rounding == whole {
+            product(packed, &b, Side::Columns)
+        } else {
+            product(&dy.packed(input.rows, outputs, rounding), &b, Side::Columns)
+        };
         within.iter_mut().for_each(|v| *v *= adapter.scale as f32);
         let d_a = outer(&within, rank, input.depth, |i, first, out| {
             input.read(i, first, out);

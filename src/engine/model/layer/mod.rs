@@ -35,6 +35,8 @@ pub struct Layer {
     /// In the order of [`Config::linears`].
     linears: Vec<Linear>,
     experts: Option<Experts>,
+    /// Our own kernels compute.
+    native: bool,
     shape: Shape,
 }
 
@@ -142,6 +144,7 @@ impl Layer {
             k_norm: HeadNorm::load(checkpoint, index, ("k", config.kv_head_count), compute)?,
             linears,
             experts: if sparse { Some(Experts::load(checkpoint, index, compute)?) } else { None },
+            native: compute.native() && !sparse,
             shape: Shape::of(config, index),
         })
     }

@@ -3,6 +3,8 @@
 //! The same functions as [`super::candle`], which the tests compare it with. What is kept of a forward pass is
 //! one layer's [`Trace`]; the gradient for the stream comes out, and those of the adapters.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
@@ -33,7 +35,7 @@ pub struct Trace {
 
 pub(super) struct AttentionTrace {
     /// What attention reads.
-    pub(super) read: Left,
+    pub(super) read: Arc<Left>,
     /// Queries, keys and values before their norms, where they have some.
     pub(super) raw: Option<Buffer>,
     pub(super) qkv: Buffer,
@@ -47,7 +49,7 @@ pub(super) struct AttentionTrace {
 }
 
 pub(super) struct MlpTrace {
-    pub(super) entering: Left,
+    pub(super) entering: Arc<Left>,
     /// Gate, then up, or what stands in for both.
     pub(super) inner: Buffer,
     pub(super) hidden: Left,
@@ -89,7 +91,7 @@ impl Trace {
 impl Layer {
     /// Whether our own kernels cover this layer: everything but experts, on the processor.
     pub fn is_native(&self) -> bool {
-        self.experts.is_none() && self.linears.iter().all(|linear| linear.weight.frozen().is_some())
+        self.native
     }
 
     /// The stream `[b, t, h]` leaving the layer, for the stream entering it.
@@ -122,7 +124,14 @@ impl Layer {
         let mut middle = Buffer::from_slice(x);
         let attention = self.attention_onto(&mut middle, x, shape, pass, cache, keep, &mut inside)?;
         let mut leaving = middle.to_vec();
-        let mlp = self.mlp_onto(&mut leaving, if self.shape.parallel { x } else { &middle }, &mut inside)?;
+        let entering = match (self.shape.parallel, &self.mlp_in) {
+            (true, None) => Arc::clone(&attention.read),
+            (parallel, norm) => {
+                let read = if parallel { x } else { &middle };
+                Arc::new(normed(norm.as_ref(), read, shape.2, self.rounding())?)
+            }
+        };
+        let mlp = self.mlp_onto(&mut leaving, entering, &mut inside)?;
         Ok(Trace { attention, middle, mlp, inside, leaving })
     }
 
@@ -139,7 +148,7 @@ impl Layer {
         inside: &mut [Option<Buffer>],
     ) -> Result<AttentionTrace> {
         let s = self.shape;
-        let read = normed(self.attention_in.as_ref(), x, h, self.rounding())?;
+        let read = Arc::new(normed(self.attention_in.as_ref(), x, h, self.rounding())?);
         let places = self.places();
         let mut qkv = Buffer::new(b * t * places.width);
         let roles = [Role::Query, Role::Key, Role::Value, Role::QueryKeyValue];
@@ -173,13 +182,15 @@ impl Layer {
         Ok(AttentionTrace { read, raw, qkv, gathered, log_sums, output, given })
     }
 
-    /// Adds the MLP's branch, which reads `x`, to the stream.
-    fn mlp_onto(&self, stream: &mut [f32], x: &[f32], inside: &mut [Option<Buffer>]) -> Result<MlpTrace> {
+    /// Adds the branch of the MLP, which reads `entering`, to the stream.
+    fn mlp_onto(
+        &self,
+        stream: &mut [f32],
+        entering: Arc<Left>,
+        inside: &mut [Option<Buffer>],
+    ) -> Result<MlpTrace> {
         let Inner { inner: wide, hidden: width, gated } = self.inner()?;
-        let h = self.linear(Role::Down).ok_or_else(|| missing(Role::Down))?.outputs()?;
-        let rows = x.len() / h;
-        let norm = self.mlp_in.as_ref().or(self.attention_in.as_ref().filter(|_| self.shape.parallel));
-        let entering = normed(norm, x, h, self.rounding())?;
+        let rows = entering.rows;
         let mut inner = Buffer::new(rows * wide);
         self.side_by_side(&[Role::Gate, Role::Up, Role::GateUp], &entering, &mut inner, wide, inside)?;
         let bend = bend(self.shape.activation);
