@@ -1,4 +1,5 @@
-//! Speed of the engine on a real model: `CANDLE_NUM_THREADS=1 cargo bench --bench engine -- MODEL_DIR`.
+//! Speed of the engine on a real model: `CANDLE_NUM_THREADS=1 cargo bench --bench engine -- MODEL_DIR
+//! [forward|decode|step]`.
 //! `benches/engine_torch.py` does the same work in `PyTorch`; compare the ratios of
 //! one machine and one hour.
 #![allow(clippy::unwrap_used)]
@@ -14,10 +15,13 @@ use secateur::job::preset::QloraSettings;
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};
 
 fn main() {
-    let Some(dir) = std::env::args().skip(1).find(|a| !a.starts_with("--")).map(PathBuf::from) else {
-        eprintln!("usage: cargo bench --bench engine -- MODEL_DIR");
+    let mut arguments = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
+    let Some(dir) = arguments.next().map(PathBuf::from) else {
+        eprintln!("usage: cargo bench --bench engine -- MODEL_DIR [forward|decode|step]");
         return;
     };
+    let only = arguments.next();
+    let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let mut known = Vec::new();
     for rounding in [None, Some(Rounding::Once)] {
@@ -28,8 +32,15 @@ fn main() {
         }
         known.push(compute.name());
         println!("{}", compute.name());
-        forward_and_decode(&checkpoint, &compute);
-        training_step(&checkpoint, &compute);
+        if wanted("forward") {
+            forward(&checkpoint, &compute);
+        }
+        if wanted("decode") {
+            decode(&checkpoint, &compute);
+        }
+        if wanted("step") {
+            training_step(&checkpoint, &compute);
+        }
     }
 }
 
@@ -38,12 +49,16 @@ fn windows(checkpoint: &Checkpoint, count: u64, len: u64) -> Vec<Vec<u32>> {
     (0..count).map(|n| (0..len).map(|i| (unit(n, i) * vocab) as u32).collect()).collect()
 }
 
-fn forward_and_decode(checkpoint: &Checkpoint, compute: &Compute) {
+fn forward(checkpoint: &Checkpoint, compute: &Compute) {
     let decoder = Decoder::open(checkpoint, compute).unwrap();
     let windows = windows(checkpoint, 4, 512);
     let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
     let tokens = pad(&batch, compute).unwrap();
     report("forward 4 x 512, body", 2048, || drop(decoder.forward(&tokens).unwrap()));
+}
+
+fn decode(checkpoint: &Checkpoint, compute: &Compute) {
+    let decoder = Decoder::open(checkpoint, compute).unwrap();
     for (batch, steps) in [(1, 32), (64, 16)] {
         let tokens = Tensor::zeros((batch, 1), DType::U32, &compute.device).unwrap();
         let mut cache = decoder.cache(batch, 4 * steps).unwrap();

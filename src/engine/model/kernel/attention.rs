@@ -6,9 +6,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffer::{Buffer, Line, Shared, words};
-use super::matrix::{strips_of, turned_strips_of};
 use super::rows::{self, Scoring};
 use super::tile::{self, Kind, Rows, STRIPS, Strips, Sums, TILE};
+use super::unpack::{strips_of, turned_strips_of};
 
 /// Queries of one task: the keys are laid out anew for each.
 const QUERIES: usize = 128;

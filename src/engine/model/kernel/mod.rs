@@ -10,6 +10,7 @@
 mod amx;
 pub mod attention;
 pub mod buffer;
+mod decode;
 mod few;
 pub mod left;
 pub mod matrix;
@@ -17,6 +18,7 @@ pub mod product;
 pub mod quant;
 pub mod rows;
 mod tile;
+mod unpack;
 
 use std::sync::LazyLock;
 

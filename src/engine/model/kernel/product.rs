@@ -300,10 +300,17 @@ impl Out {
         }
     }
 
-    /// Writes one value.
-    pub fn set(&self, row: usize, column: usize, add: bool, value: f32) {
-        let out = &mut self.row(row, column, 1)[0];
-        *out = if add { *out + value } else { value };
+    /// Writes sums of a row to their place, after what they start with.
+    pub fn finish(&self, place: Place, start: Start, sums: &[f32]) {
+        let out = self.row(place.row, place.column, place.width);
+        match start {
+            Start::Zero => out.copy_from_slice(sums),
+            Start::Bias(bias) => {
+                let bias = &bias[place.column..place.column + place.width];
+                out.iter_mut().zip(bias.iter().zip(sums)).for_each(|(out, (bias, sum))| *out = bias + sum);
+            }
+            Start::Target => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
+        }
     }
 }
 

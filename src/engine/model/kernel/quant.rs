@@ -3,11 +3,17 @@
 //!
 //! They are unpacked on the way into a product, forward and backward alike, and nowhere kept.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m512, _mm_loadl_epi64, _mm_loadu_si128, _mm_unpacklo_epi8, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
+    _mm512_cvtepu8_epi32, _mm512_loadu_ps, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set_epi32,
+    _mm512_set1_ps, _mm512_srlv_epi32,
+};
 use std::sync::{Arc, LazyLock};
 
 use rayon::prelude::*;
 
-use super::matrix::Decode;
+use super::decode::Decode;
 
 /// Weights that share one scale.
 const BLOCK: usize = 64;
@@ -36,6 +42,8 @@ struct Scales {
     codes: Vec<u8>,
     scales: Vec<f32>,
     mean: f32,
+    /// [`DYNAMIC`]: a look at it costs a check each time.
+    levels: &'static [f32; 256],
 }
 
 impl Nf4 {
@@ -63,31 +71,25 @@ impl Decode for Nf4 {
         NF4[usize::from(code)] * self.scales.of(at / BLOCK)
     }
 
-    #[inline(always)]
-    fn sixteen<const WIDE: bool>(&self, at: usize) -> [f32; 16] {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide(&self, at: usize) -> __m512 {
         if !at.is_multiple_of(16) {
-            return std::array::from_fn(|i| self.value(at + i));
+            // SAFETY: sixteen floats are read.
+            return unsafe { _mm512_loadu_ps(self.sixteen(at).as_ptr()) };
         }
-        let scale = self.scales.of(at / BLOCK);
         let codes = &self.codes[at / 2..at / 2 + 8];
-        let index: [i32; 16] = std::array::from_fn(|i| i32::from(codes[i / 2] >> (4 * (1 - i % 2)) & 15));
-        #[cfg(target_arch = "x86_64")]
-        if WIDE {
-            use std::arch::x86_64::{
-                _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set1_ps,
-                _mm512_storeu_ps,
-            };
-            let mut out = [0f32; 16];
-            // SAFETY: all are sixteen values of four bytes; the processor has AVX-512 where `WIDE` is true.
-            #[allow(unsafe_code)]
-            unsafe {
-                let index = _mm512_loadu_si512(index.as_ptr().cast());
-                let levels = _mm512_permutexvar_ps(index, _mm512_loadu_ps(NF4.as_ptr()));
-                _mm512_storeu_ps(out.as_mut_ptr(), _mm512_mul_ps(levels, _mm512_set1_ps(scale)));
-            }
-            return out;
-        }
-        index.map(|i| NF4[i as usize] * scale)
+        // SAFETY: eight bytes are read.
+        let codes = unsafe { _mm_loadl_epi64(codes.as_ptr().cast()) };
+        // Each byte twice; the first of the two gives its high nibble. Only four bits of an index count.
+        let twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(codes, codes));
+        let shifts = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
+        // SAFETY: there are sixteen levels.
+        let levels = unsafe { _mm512_loadu_ps(NF4.as_ptr()) };
+        let values = _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shifts), levels);
+        _mm512_mul_ps(values, _mm512_set1_ps(self.scales.of(at / BLOCK)))
     }
 }
 
@@ -112,14 +114,20 @@ impl Decode for Int8 {
         f32::from(self.codes[at]) * self.scales[at / BLOCK]
     }
 
-    #[inline(always)]
-    fn sixteen<const WIDE: bool>(&self, at: usize) -> [f32; 16] {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide(&self, at: usize) -> __m512 {
         if !at.is_multiple_of(16) {
-            return std::array::from_fn(|i| self.value(at + i));
+            // SAFETY: sixteen floats are read.
+            return unsafe { _mm512_loadu_ps(self.sixteen(at).as_ptr()) };
         }
-        let scale = self.scales[at / BLOCK];
         let codes = &self.codes[at..at + 16];
-        std::array::from_fn(|i| f32::from(codes[i]) * scale)
+        // SAFETY: sixteen bytes are read.
+        let codes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
+        let values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+        _mm512_mul_ps(values, _mm512_set1_ps(self.scales[at / BLOCK]))
     }
 }
 
@@ -133,13 +141,13 @@ impl Scales {
             nearest_dynamic(if scale > 0.0 { distance / scale } else { 0.0 })
         };
         let codes = distances.iter().enumerate().map(code).collect();
-        Self { codes, scales, mean }
+        Self { codes, scales, mean, levels: &DYNAMIC }
     }
 
     #[inline(always)]
     #[allow(clippy::inline_always)]
     fn of(&self, block: usize) -> f32 {
-        DYNAMIC[usize::from(self.codes[block])] * self.scales[block / SCALE_BLOCK] + self.mean
+        self.levels[usize::from(self.codes[block])] * self.scales[block / SCALE_BLOCK] + self.mean
     }
 }
 

@@ -1,0 +1,153 @@
+//! How stored values become numbers.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m512, __m512i, _CMP_UNORD_Q, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
+    _mm512_loadu_ps, _mm512_mask_or_epi32, _mm512_set1_epi32, _mm512_slli_epi32, _mm512_srli_epi32,
+};
+
+use super::round;
+
+/// Stored values as numbers, one or sixteen at a time.
+pub(super) trait Decode: Sync {
+    fn value(&self, at: usize) -> f32;
+
+    /// Values `at..at + 16`.
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
+    fn sixteen(&self, at: usize) -> [f32; 16] {
+        std::array::from_fn(|i| self.value(at + i))
+    }
+
+    /// The same as the low halves of words, rounded to bfloat16.
+    #[inline(always)]
+    #[allow(clippy::inline_always)]
+    fn halves(&self, at: usize) -> [u32; 16] {
+        self.sixteen(at).map(round)
+    }
+
+    /// [`Self::sixteen`] by AVX-512.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    unsafe fn wide(&self, at: usize) -> __m512;
+
+    /// [`Self::halves`] by AVX-512.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide_halves(&self, at: usize) -> __m512i {
+        // SAFETY: the same as asked for here.
+        round_wide(unsafe { self.wide(at) })
+    }
+}
+
+/// [`round`] for sixteen.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn round_wide(x: __m512) -> __m512i {
+    let bits = _mm512_castps_si512(x);
+    let high = _mm512_srli_epi32::<16>(bits);
+    let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+    let no_number = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+    _mm512_mask_or_epi32(rounded, no_number, high, _mm512_set1_epi32(0x40))
+}
+
+/// Little-endian bytes.
+pub(super) struct Bf16<'a>(pub &'a [u8]);
+/// Little-endian bytes.
+pub(super) struct F16<'a>(pub &'a [u8]);
+/// Little-endian bytes.
+pub(super) struct F32<'a>(pub &'a [u8]);
+
+#[allow(clippy::inline_always)]
+impl Decode for Bf16<'_> {
+    #[inline(always)]
+    fn value(&self, at: usize) -> f32 {
+        super::widen(u32::from(u16::from_le_bytes([self.0[2 * at], self.0[2 * at + 1]])))
+    }
+
+    #[inline(always)]
+    fn sixteen(&self, at: usize) -> [f32; 16] {
+        self.halves(at).map(super::widen)
+    }
+
+    #[inline(always)]
+    fn halves(&self, at: usize) -> [u32; 16] {
+        let bytes = &self.0[2 * at..2 * at + 32];
+        std::array::from_fn(|i| u32::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide(&self, at: usize) -> __m512 {
+        // SAFETY: the same as asked for here.
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(unsafe { self.wide_halves(at) }))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide_halves(&self, at: usize) -> __m512i {
+        let bytes = &self.0[2 * at..2 * at + 32];
+        // SAFETY: 32 bytes are read.
+        _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) })
+    }
+}
+
+#[allow(clippy::inline_always)]
+impl Decode for F16<'_> {
+    #[inline(always)]
+    fn value(&self, at: usize) -> f32 {
+        half::f16::from_le_bytes([self.0[2 * at], self.0[2 * at + 1]]).to_f32()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide(&self, at: usize) -> __m512 {
+        let bytes = &self.0[2 * at..2 * at + 32];
+        // SAFETY: 32 bytes are read.
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) })
+    }
+}
+
+#[allow(clippy::inline_always)]
+impl Decode for F32<'_> {
+    #[inline(always)]
+    fn value(&self, at: usize) -> f32 {
+        let b = &self.0[4 * at..4 * at + 4];
+        f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+    }
+
+    #[inline(always)]
+    fn sixteen(&self, at: usize) -> [f32; 16] {
+        let bytes = &self.0[4 * at..4 * at + 64];
+        let word = |i: usize| [bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]];
+        std::array::from_fn(|i| f32::from_le_bytes(word(i)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide(&self, at: usize) -> __m512 {
+        let bytes = &self.0[4 * at..4 * at + 64];
+        // SAFETY: 64 bytes are read.
+        unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) }
+    }
+}

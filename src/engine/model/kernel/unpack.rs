@@ -1,0 +1,330 @@
+//! Matrices laid out for products: strips of sixteen results, a line for each step of the depth.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m512i, _mm512_castps_si512, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512,
+    _mm512_permutex2var_epi32, _mm512_setr_epi32, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+    _mm512_slli_epi32, _mm512_store_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+};
+
+use super::buffer::{Line, words_mut};
+use super::decode::Decode;
+use super::matrix::Side;
+use super::{round, wide};
+
+/// Which part of a matrix a strip holds.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub rows: usize,
+    pub columns: usize,
+    /// The first of the sixteen results.
+    pub first: usize,
+    /// The first step of the depth.
+    pub start: usize,
+}
+
+impl Place {
+    fn holds(&self, row: usize, column: usize) -> bool {
+        row < self.rows && column + 16 <= self.columns
+    }
+
+    /// Sixteen values of a row from `column` on; zero outside the matrix.
+    fn values(&self, data: &impl Decode, row: usize, column: usize) -> [f32; 16] {
+        if self.holds(row, column) {
+            return data.sixteen(row * self.columns + column);
+        }
+        let value = |i: usize| {
+            let inside = row < self.rows && column + i < self.columns;
+            if inside { data.value(row * self.columns + column + i) } else { 0.0 }
+        };
+        std::array::from_fn(value)
+    }
+
+    fn halves(&self, data: &impl Decode, row: usize, column: usize) -> [u32; 16] {
+        if self.holds(row, column) {
+            return data.halves(row * self.columns + column);
+        }
+        self.values(data, row, column).map(round)
+    }
+
+    /// The same by AVX-512.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide_values(&self, data: &impl Decode, row: usize, column: usize) -> __m512i {
+        if self.holds(row, column) {
+            // SAFETY: the same as asked for here.
+            return unsafe { _mm512_castps_si512(data.wide(row * self.columns + column)) };
+        }
+        let values = self.values(data, row, column);
+        // SAFETY: sixteen floats are read.
+        _mm512_castps_si512(unsafe { _mm512_loadu_ps(values.as_ptr()) })
+    }
+
+    /// # Safety
+    /// The processor must have AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+    #[inline]
+    unsafe fn wide_halves(&self, data: &impl Decode, row: usize, column: usize) -> __m512i {
+        if self.holds(row, column) {
+            // SAFETY: the same as asked for here.
+            return unsafe { data.wide_halves(row * self.columns + column) };
+        }
+        let halves = self.halves(data, row, column);
+        // SAFETY: sixteen words are read.
+        unsafe { _mm512_loadu_si512(halves.as_ptr().cast()) }
+    }
+}
+
+/// Writes a strip: sixteen results, a line for each step of the depth; zero outside.
+pub(super) fn strip(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+    #[cfg(target_arch = "x86_64")]
+    if wide() {
+        // SAFETY: the processor has AVX-512.
+        #[allow(unsafe_code)]
+        return unsafe { strip_wide(data, side, place, out) };
+    }
+    match side {
+        Side::Columns => {
+            for (i, line) in out.iter_mut().enumerate() {
+                line.0 = place.values(data, place.start + i, place.first);
+            }
+        }
+        Side::Rows => {
+            for (i, lines) in out.chunks_mut(16).enumerate() {
+                let column = place.start + 16 * i;
+                let row = |i: usize| place.values(data, place.first + i, column).map(f32::to_bits);
+                write(&std::array::from_fn(row), lines);
+            }
+        }
+    }
+}
+
+/// Writes a strip rounded to bfloat16, a line for each two steps of the depth, the first one in the low half.
+pub(super) fn pairs(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+    #[cfg(target_arch = "x86_64")]
+    if wide() {
+        // SAFETY: the processor has AVX-512.
+        #[allow(unsafe_code)]
+        return unsafe { pairs_wide(data, side, place, out) };
+    }
+    match side {
+        Side::Columns => {
+            for (i, line) in out.iter_mut().enumerate() {
+                let row = place.start + 2 * i;
+                let low = place.halves(data, row, place.first);
+                let high = place.halves(data, row + 1, place.first);
+                let line = words_mut(&mut line.0);
+                for i in 0..16 {
+                    line[i] = low[i] | high[i] << 16;
+                }
+            }
+        }
+        Side::Rows => {
+            for (i, lines) in out.chunks_mut(16).enumerate() {
+                let column = place.start + 32 * i;
+                let row = |i: usize| {
+                    let [a, b] = [column, column + 16].map(|c| place.halves(data, place.first + i, c));
+                    let both = |i: usize| if i < 16 { a[i] } else { b[i - 16] };
+                    std::array::from_fn(|i| both(2 * i) | both(2 * i + 1) << 16)
+                };
+                write(&std::array::from_fn(row), lines);
+            }
+        }
+    }
+}
+
+/// Writes a block of sixteen rows as lines of its columns, as many as there are.
+fn write(block: &[[u32; 16]; 16], lines: &mut [Line]) {
+    for (i, line) in lines.iter_mut().enumerate() {
+        words_mut(&mut line.0).copy_from_slice(&block.map(|row| row[i]));
+    }
+}
+
+// Loops, not closures, from here on: what is not compiled for AVX-512 is called for every sixteen values.
+
+/// # Safety
+/// The processor must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+unsafe fn strip_wide(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+    match side {
+        Side::Columns => {
+            for (i, line) in out.iter_mut().enumerate() {
+                // SAFETY: the processor has AVX-512.
+                store(line, unsafe { place.wide_values(data, place.start + i, place.first) });
+            }
+        }
+        Side::Rows => {
+            for (i, lines) in out.chunks_mut(16).enumerate() {
+                let mut block = [_mm512_setzero_si512(); 16];
+                for (j, row) in block.iter_mut().enumerate() {
+                    // SAFETY: the processor has AVX-512.
+                    *row = unsafe { place.wide_values(data, place.first + j, place.start + 16 * i) };
+                }
+                turned(block, lines);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The processor must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+unsafe fn pairs_wide(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+    match side {
+        Side::Columns => {
+            for (i, line) in out.iter_mut().enumerate() {
+                let row = place.start + 2 * i;
+                // SAFETY: the processor has AVX-512.
+                let (low, high) = unsafe {
+                    (place.wide_halves(data, row, place.first), place.wide_halves(data, row + 1, place.first))
+                };
+                store(line, _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+            }
+        }
+        Side::Rows => {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+            for (i, lines) in out.chunks_mut(16).enumerate() {
+                let column = place.start + 32 * i;
+                let mut block = [_mm512_setzero_si512(); 16];
+                for (j, pairs) in block.iter_mut().enumerate() {
+                    let row = place.first + j;
+                    // SAFETY: the processor has AVX-512.
+                    let (a, b) = unsafe {
+                        (place.wide_halves(data, row, column), place.wide_halves(data, row, column + 16))
+                    };
+                    let low = _mm512_permutex2var_epi32(a, even, b);
+                    let high = _mm512_permutex2var_epi32(a, odd, b);
+                    *pairs = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                }
+                turned(block, lines);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn store(line: &mut Line, values: __m512i) {
+    // SAFETY: a `Line` is 64 bytes and aligned so.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm512_store_si512(std::ptr::from_mut(line).cast(), values);
+    }
+}
+
+/// [`write`] for a block in registers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn turned(mut r: [__m512i; 16], lines: &mut [Line]) {
+    let mut t = r;
+    for i in 0..8 {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for i in 0..4 {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for i in 0..4 {
+        t[i] = _mm512_shuffle_i32x4::<0x88>(r[i], r[4 + i]);
+        t[4 + i] = _mm512_shuffle_i32x4::<0xdd>(r[i], r[4 + i]);
+        t[8 + i] = _mm512_shuffle_i32x4::<0x88>(r[8 + i], r[12 + i]);
+        t[12 + i] = _mm512_shuffle_i32x4::<0xdd>(r[8 + i], r[12 + i]);
+    }
+    for i in 0..4 {
+        r[i] = _mm512_shuffle_i32x4::<0x88>(t[i], t[8 + i]);
+        r[8 + i] = _mm512_shuffle_i32x4::<0xdd>(t[i], t[8 + i]);
+        r[4 + i] = _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i]);
+        r[12 + i] = _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i]);
+    }
+    if let Ok(lines) = <&mut [Line; 16]>::try_from(&mut *lines) {
+        for (line, row) in lines.iter_mut().zip(r) {
+            store(line, row);
+        }
+    } else {
+        for (line, row) in lines.iter_mut().zip(r) {
+            store(line, row);
+        }
+    }
+}
+
+/// Rows of floats as strips: `[strip][depth]`, for sums over `depth` rows of a table that is written anew each
+/// time. `row(i)` gives row `i`.
+pub(super) fn strips_of<'a>(row: impl Fn(usize) -> &'a [f32], depth: usize, width: usize, out: &mut [Line]) {
+    for i in 0..depth {
+        for (strip, values) in row(i)[..width].chunks(16).enumerate() {
+            let line = &mut out[strip * depth + i].0;
+            line[..values.len()].copy_from_slice(values);
+            line[values.len()..].fill(0.0);
+        }
+    }
+}
+
+/// The same turned: a strip for each sixteen rows, a line for each of `width` values.
+pub(super) fn turned_strips_of<'a>(
+    row: impl Fn(usize) -> &'a [f32],
+    rows: usize,
+    width: usize,
+    out: &mut [Line],
+) {
+    for (strip, out) in out.chunks_mut(width).take(rows.div_ceil(16)).enumerate() {
+        let mut sixteen: [&[f32]; 16] = [&[]; 16];
+        for (i, values) in sixteen.iter_mut().enumerate().take(rows - 16 * strip) {
+            *values = &row(16 * strip + i)[..width];
+        }
+        #[cfg(target_arch = "x86_64")]
+        if wide() {
+            // SAFETY: the processor has AVX-512.
+            #[allow(unsafe_code)]
+            unsafe {
+                turn_wide(&sixteen, out);
+            }
+            continue;
+        }
+        for (i, lines) in out.chunks_mut(16).enumerate() {
+            write(&std::array::from_fn(|lane| part(sixteen[lane], 16 * i)), lines);
+        }
+    }
+}
+
+/// Sixteen values from `start` on as words, zero behind the end.
+fn part(row: &[f32], start: usize) -> [u32; 16] {
+    std::array::from_fn(|i| row.get(start + i).copied().unwrap_or(0.0).to_bits())
+}
+
+/// # Safety
+/// The processor must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx512f")]
+unsafe fn turn_wide(rows: &[&[f32]; 16], out: &mut [Line]) {
+    for (i, lines) in out.chunks_mut(16).enumerate() {
+        let mut block = [_mm512_setzero_si512(); 16];
+        for (words, row) in block.iter_mut().zip(rows) {
+            *words = match row.get(16 * i..16 * i + 16) {
+                // SAFETY: sixteen words are read.
+                Some(whole) => unsafe { _mm512_loadu_si512(whole.as_ptr().cast()) },
+                // SAFETY: the same.
+                None => unsafe { _mm512_loadu_si512(part(row, 16 * i).as_ptr().cast()) },
+            };
+        }
+        turned(block, lines);
+    }
+}
