@@ -15,6 +15,11 @@ use secateur::job::preset::QloraSettings;
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};
 
 fn main() {
+    // As the product does: on a thread of the pool.
+    rayon::scope(|_| measure());
+}
+
+fn measure() {
     let mut arguments = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
     let Some(dir) = arguments.next().map(PathBuf::from) else {
         eprintln!("usage: cargo bench --bench engine -- MODEL_DIR [forward|decode|step]");

@@ -40,6 +40,11 @@ impl Run<'_> {
     /// # Errors
     /// What cannot be met or used is said before anything is computed or written.
     pub fn go(&self, workspace: &Path) -> Result<Option<Report>> {
+        // On a thread of the pool: work handed to it from outside costs two wake-ups each time.
+        rayon::scope(|_| self.walk(workspace))
+    }
+
+    fn walk(&self, workspace: &Path) -> Result<Option<Report>> {
         self.check()?;
         let workspace = &Workspace::open(workspace)?;
         let model_digest = &self.base.digest()?;
