@@ -226,7 +226,7 @@ fn store(line: &mut Line, values: __m512i) {
     }
 }
 
-/// [`write`] for a block in registers.
+/// [`write()`] for a block in registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
