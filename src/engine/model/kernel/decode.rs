@@ -2,7 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m512, __m512i, _CMP_UNORD_Q, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512,
+    __m256i, __m512, __m512i, _CMP_UNORD_Q, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512,
     _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
     _mm512_loadu_ps, _mm512_mask_or_epi32, _mm512_set1_epi32, _mm512_slli_epi32, _mm512_srli_epi32,
 };
@@ -53,7 +53,7 @@ pub(super) trait Decode: Sync {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn round_wide(x: __m512) -> __m512i {
+pub(super) fn round_wide(x: __m512) -> __m512i {
     let bits = _mm512_castps_si512(x);
     let high = _mm512_srli_epi32::<16>(bits);
     let odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
@@ -61,6 +61,31 @@ fn round_wide(x: __m512) -> __m512i {
     let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
     let no_number = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
     _mm512_mask_or_epi32(rounded, no_number, high, _mm512_set1_epi32(0x40))
+}
+
+/// Sixteen values of two bytes from value `at` on.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn sixteen_halves(bytes: &[u8], at: usize) -> __m256i {
+    let bytes = &bytes[2 * at..2 * at + 32];
+    // SAFETY: 32 bytes are read.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm256_loadu_si256(bytes.as_ptr().cast())
+    }
+}
+
+/// Sixteen values that were gathered one by one.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn loaded(values: &[f32; 16]) -> __m512 {
+    // SAFETY: sixteen floats are read.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm512_loadu_ps(values.as_ptr())
+    }
 }
 
 /// Little-endian bytes.
@@ -102,9 +127,7 @@ impl Decode for Bf16<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     #[inline]
     unsafe fn wide_halves(&self, at: usize) -> __m512i {
-        let bytes = &self.0[2 * at..2 * at + 32];
-        // SAFETY: 32 bytes are read.
-        _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) })
+        _mm512_cvtepu16_epi32(sixteen_halves(self.0, at))
     }
 }
 
@@ -120,9 +143,7 @@ impl Decode for F16<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     #[inline]
     unsafe fn wide(&self, at: usize) -> __m512 {
-        let bytes = &self.0[2 * at..2 * at + 32];
-        // SAFETY: 32 bytes are read.
-        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) })
+        _mm512_cvtph_ps(sixteen_halves(self.0, at))
     }
 }
 

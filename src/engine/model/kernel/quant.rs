@@ -6,14 +6,16 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
     __m512, _mm_loadl_epi64, _mm_loadu_si128, _mm_unpacklo_epi8, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtepu8_epi32, _mm512_loadu_ps, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set_epi32,
-    _mm512_set1_ps, _mm512_srlv_epi32,
+    _mm512_cvtepu8_epi32, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set_epi32, _mm512_set1_ps,
+    _mm512_srlv_epi32,
 };
 use std::sync::{Arc, LazyLock};
 
 use rayon::prelude::*;
 
 use super::decode::Decode;
+#[cfg(target_arch = "x86_64")]
+use super::decode::loaded;
 
 /// Weights that share one scale.
 const BLOCK: usize = 64;
@@ -77,8 +79,7 @@ impl Decode for Nf4 {
     #[inline]
     unsafe fn wide(&self, at: usize) -> __m512 {
         if !at.is_multiple_of(16) {
-            // SAFETY: sixteen floats are read.
-            return unsafe { _mm512_loadu_ps(self.sixteen(at).as_ptr()) };
+            return loaded(&self.sixteen(at));
         }
         let codes = &self.codes[at / 2..at / 2 + 8];
         // SAFETY: eight bytes are read.
@@ -86,9 +87,7 @@ impl Decode for Nf4 {
         // Each byte twice; the first of the two gives its high nibble. Only four bits of an index count.
         let twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(codes, codes));
         let shifts = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
-        // SAFETY: there are sixteen levels.
-        let levels = unsafe { _mm512_loadu_ps(NF4.as_ptr()) };
-        let values = _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shifts), levels);
+        let values = _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shifts), loaded(&NF4));
         _mm512_mul_ps(values, _mm512_set1_ps(self.scales.of(at / BLOCK)))
     }
 }
@@ -120,8 +119,7 @@ impl Decode for Int8 {
     #[inline]
     unsafe fn wide(&self, at: usize) -> __m512 {
         if !at.is_multiple_of(16) {
-            // SAFETY: sixteen floats are read.
-            return unsafe { _mm512_loadu_ps(self.sixteen(at).as_ptr()) };
+            return loaded(&self.sixteen(at));
         }
         let codes = &self.codes[at..at + 16];
         // SAFETY: sixteen bytes are read.

@@ -2,14 +2,15 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m512i, _mm512_castps_si512, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512,
-    _mm512_permutex2var_epi32, _mm512_setr_epi32, _mm512_setzero_si512, _mm512_shuffle_i32x4,
-    _mm512_slli_epi32, _mm512_store_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512i, _mm512_castps_si512, _mm512_loadu_si512, _mm512_or_si512, _mm512_permutex2var_epi32,
+    _mm512_setr_epi32, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_store_si512,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use super::buffer::{Line, words_mut};
 use super::decode::Decode;
+#[cfg(target_arch = "x86_64")]
+use super::decode::{loaded, round_wide};
 use super::matrix::Side;
 use super::{round, wide};
 
@@ -25,14 +26,15 @@ pub(super) struct Place {
 }
 
 impl Place {
-    fn holds(&self, row: usize, column: usize) -> bool {
-        row < self.rows && column + 16 <= self.columns
+    /// Where sixteen values of a row from `column` on are stored, when all of them are in the matrix.
+    fn whole(&self, row: usize, column: usize) -> Option<usize> {
+        (row < self.rows && column + 16 <= self.columns).then_some(row * self.columns + column)
     }
 
     /// Sixteen values of a row from `column` on; zero outside the matrix.
     fn values(&self, data: &impl Decode, row: usize, column: usize) -> [f32; 16] {
-        if self.holds(row, column) {
-            return data.sixteen(row * self.columns + column);
+        if let Some(at) = self.whole(row, column) {
+            return data.sixteen(at);
         }
         let value = |i: usize| {
             let inside = row < self.rows && column + i < self.columns;
@@ -42,10 +44,10 @@ impl Place {
     }
 
     fn halves(&self, data: &impl Decode, row: usize, column: usize) -> [u32; 16] {
-        if self.holds(row, column) {
-            return data.halves(row * self.columns + column);
+        match self.whole(row, column) {
+            Some(at) => data.halves(at),
+            None => self.values(data, row, column).map(round),
         }
-        self.values(data, row, column).map(round)
     }
 
     /// The same by AVX-512.
@@ -57,13 +59,11 @@ impl Place {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     #[inline]
     unsafe fn wide_values(&self, data: &impl Decode, row: usize, column: usize) -> __m512i {
-        if self.holds(row, column) {
+        _mm512_castps_si512(match self.whole(row, column) {
             // SAFETY: the same as asked for here.
-            return unsafe { _mm512_castps_si512(data.wide(row * self.columns + column)) };
-        }
-        let values = self.values(data, row, column);
-        // SAFETY: sixteen floats are read.
-        _mm512_castps_si512(unsafe { _mm512_loadu_ps(values.as_ptr()) })
+            Some(at) => unsafe { data.wide(at) },
+            None => loaded(&self.values(data, row, column)),
+        })
     }
 
     /// # Safety
@@ -73,13 +73,11 @@ impl Place {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     #[inline]
     unsafe fn wide_halves(&self, data: &impl Decode, row: usize, column: usize) -> __m512i {
-        if self.holds(row, column) {
+        match self.whole(row, column) {
             // SAFETY: the same as asked for here.
-            return unsafe { data.wide_halves(row * self.columns + column) };
+            Some(at) => unsafe { data.wide_halves(at) },
+            None => round_wide(loaded(&self.values(data, row, column))),
         }
-        let halves = self.halves(data, row, column);
-        // SAFETY: sixteen words are read.
-        unsafe { _mm512_loadu_si512(halves.as_ptr().cast()) }
     }
 }
 
@@ -254,14 +252,8 @@ fn turned(mut r: [__m512i; 16], lines: &mut [Line]) {
         r[4 + i] = _mm512_shuffle_i32x4::<0x88>(t[4 + i], t[12 + i]);
         r[12 + i] = _mm512_shuffle_i32x4::<0xdd>(t[4 + i], t[12 + i]);
     }
-    if let Ok(lines) = <&mut [Line; 16]>::try_from(&mut *lines) {
-        for (line, row) in lines.iter_mut().zip(r) {
-            store(line, row);
-        }
-    } else {
-        for (line, row) in lines.iter_mut().zip(r) {
-            store(line, row);
-        }
+    for (line, row) in lines.iter_mut().zip(r) {
+        store(line, row);
     }
 }
 
