@@ -7,10 +7,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
 use secateur::engine::model::lora::unit;
-use secateur::engine::model::{Checkpoint, Compute, Decoder, Rounding, pad};
+use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
 use secateur::job::preset::QloraSettings;
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};
 
@@ -58,19 +57,19 @@ fn forward(checkpoint: &Checkpoint, compute: &Compute) {
     let decoder = Decoder::open(checkpoint, compute).unwrap();
     let windows = windows(checkpoint, 4, 512);
     let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-    let tokens = pad(&batch, compute).unwrap();
+    let tokens = Batch::of(&batch);
     report("forward 4 x 512, body", 2048, || drop(decoder.forward(&tokens).unwrap()));
 }
 
 fn decode(checkpoint: &Checkpoint, compute: &Compute) {
     let decoder = Decoder::open(checkpoint, compute).unwrap();
     for (batch, steps) in [(1, 32), (64, 16)] {
-        let tokens = Tensor::zeros((batch, 1), DType::U32, &compute.device).unwrap();
+        let tokens = Batch::of(&vec![&[0][..]; batch]);
         let mut cache = decoder.cache(batch, 4 * steps).unwrap();
         report(&format!("decode {steps} tokens, batch {batch}"), steps * batch, || {
             for _ in 0..steps {
                 let x = decoder.step(&tokens, &mut cache).unwrap();
-                drop(decoder.logits(&x.squeeze(1).unwrap()).unwrap());
+                drop(decoder.logits(&x).unwrap());
             }
         });
     }

@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 pub use config::{Activation, Config, ExpertsShape, LayerShape, LinearShape, Role};
 pub use family::Family;
 pub use header::{Dtype, TensorInfo};
+pub use rope::Rope;
 
 use crate::job::report::{Failure, FailureKind};
 use family::{Norm, QkNorm};

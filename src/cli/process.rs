@@ -15,6 +15,8 @@ pub fn keep_freed_memory() {
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        // Only the main arena keeps what is freed; those of threads are unmapped, and faulted in again.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
@@ -39,6 +41,33 @@ pub fn limit_threads(threads: usize) {
     #[allow(unsafe_code)]
     unsafe {
         std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
+    }
+}
+
+/// Reads a size such as `512MiB`, `12GB` or `4096`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim_end();
+    let number: f64 = digits.parse().map_err(|_| format!("{text}: give a size such as 800MiB or 12GB"))?;
+    let unit = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024.0 * 1024.0,
+        "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        unit => {
+            return Err(format!("{text}: {unit} is no unit of memory known here; use MiB, GiB, MB or GB"));
+        }
+    };
+    let bytes = number * unit;
+    if bytes.is_finite() && bytes >= 1.0 {
+        Ok(bytes as u64)
+    } else {
+        Err(format!("{text}: give a size above 0"))
     }
 }
 

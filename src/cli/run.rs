@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::observe::{JsonLines, Terminal};
 use super::process;
-use crate::engine::model::{Checkpoint, Compute, Rounding};
+use crate::engine::model::{Checkpoint, Compute, Memory, Rounding};
 use crate::engine::pipeline::Run;
 use crate::engine::{Error, report};
 use crate::fetch;
@@ -41,6 +41,11 @@ pub struct Args {
     /// Threads to compute with; all cores when absent.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// Memory to work in, such as `800MiB` or `12GB`; three quarters of what is free when absent. Weights that do
+    /// not fit stay in their files, one layer in memory at a time; streams that do not go to a file in the
+    /// workspace. It changes no result.
+    #[arg(long, value_name = "SIZE", value_parser = process::bytes)]
+    memory_limit: Option<u64>,
     /// Write events to standard output as one JSON object a line, and nothing else there.
     #[arg(long, value_enum, value_name = "FORMAT")]
     events: Option<EventFormat>,
@@ -115,7 +120,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 fn walk(args: &Args, value: Value, observer: &dyn Observer) -> Result<Option<Report>, Trouble> {
     let asked = JobSpec::read(value).map_err(Trouble::BadSpec)?;
-    let compute = compute(&args.device, args.precision)?;
+    let mut compute = compute(&args.device, args.precision)?;
+    compute.memory = Memory::new(args.memory_limit, &args.workspace);
+    compute.memory.keep_freed();
     let local = fetch::localize(&asked, observer)?;
     let ModelSource::Path { path } = &local.model else {
         return Err(Error::bug("a model that was fetched has no path").into());
@@ -195,7 +202,7 @@ fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
         Precision::Bf16 => DType::BF16,
         Precision::High | Precision::F32 => DType::F32,
     };
-    Ok(Compute { device: opened, dtype, rounding: None })
+    Ok(Compute { device: opened, dtype, ..Compute::cpu(None) })
 }
 
 /// The comparison and where the files are, for a person.

@@ -2,6 +2,7 @@
 
 use std::f64::consts::PI;
 
+use super::model::kernel::rows::product_wide;
 use crate::job::spec::Distance;
 
 /// Inner products of the streams of one token at all seams: everything the
@@ -20,7 +21,7 @@ impl Gram {
         let mut products = vec![0.0; seams * seams];
         for a in 0..seams {
             for b in a..seams {
-                products[a * seams + b] = dot(&wide[a], &wide[b]);
+                products[a * seams + b] = product_wide(&wide[a], &wide[b]);
             }
         }
         Self { seams, products }
@@ -70,18 +71,6 @@ impl Distance {
             Self::Cosine => 1.0 - cosine,
         }
     }
-}
-
-/// Eight running sums, so that the compiler may use the machine's vectors.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    let mut sums = [0.0; 8];
-    let (a_rest, b_rest) = (a.chunks_exact(8).remainder(), b.chunks_exact(8).remainder());
-    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
-        for i in 0..8 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f64>()
 }
 
 /// Running mean and spread (Welford): no catastrophe when the mean is large.

@@ -1,160 +1,184 @@
 //! One pass over the calibration windows tells the distance across every block
 //! of every length (arXiv 2403.17887, eq. 7), with standard errors.
 
-use candle_core::{DType, Tensor};
+use std::ops::Range;
+
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::distance::{Gram, Mean};
-use super::model::{Checkpoint, Decoder, pad};
+use super::model::streams::Streams;
+use super::model::{Batch, Checkpoint, Decoder};
 use super::{Cx, Error, Result};
-use crate::checkpoint::Dtype;
 use crate::job::report::LayerProfile;
 use crate::job::spec::{CalibrationSpec, Distance, TokenPosition};
 
-/// Streams kept at a time when every token counts.
-const MAX_KEPT_BYTES: usize = 512 << 20;
-
 /// Measures how far every block of layers turns the residual stream.
 ///
-/// Windows may differ in length; the result does not depend on how they are batched.
+/// Windows may differ in length; the result does not depend on how they are batched. All of them go through one
+/// layer before the next: what is in memory of the weights is one layer where all do not fit.
 ///
 /// # Errors
-/// A model error that names the tensor or layer when weights or streams are not finite.
+/// A model error that names layer and window when a stream is not finite.
 pub fn profile(
     checkpoint: &Checkpoint,
     windows: &[Vec<u32>],
     spec: &CalibrationSpec,
     cx: Cx,
 ) -> Result<LayerProfile> {
-    if windows.iter().all(Vec::is_empty) {
+    let windows: Vec<&[u32]> = windows.iter().map(Vec::as_slice).filter(|w| !w.is_empty()).collect();
+    if windows.is_empty() {
         return Err(Error::data("the calibration corpus gives no window to measure on; give more text"));
     }
-    check_finite(checkpoint)?;
     let decoder = Decoder::open(checkpoint, cx.compute)?;
-    let layer_count = checkpoint.config().layer_count;
-    let mut sums = Sums::new(layer_count, spec.distance);
-    let total = windows.len() as u64;
-    let mut done = 0;
-    for batch in windows.chunks(batch_size(spec, checkpoint, windows)) {
-        cx.check()?;
-        let batch: Vec<&[u32]> = batch.iter().map(Vec::as_slice).filter(|w| !w.is_empty()).collect();
-        if batch.is_empty() {
-            continue;
+    let parts = parts(&windows, spec.batch_size as usize, decoder.rows_at_once());
+    let seams = seams(&decoder, &windows, &parts, spec.position, cx)?;
+    let mut sums = Sums::new(decoder.config().layer_count, spec.distance);
+    for (part, windows_of) in parts.iter().enumerate() {
+        for tokens in counted(&windows[windows_of.clone()], spec.position) {
+            cx.check()?;
+            sums.add(&seams.sample(part, tokens, spec.distance, cx)?);
         }
-        let streams = streams(&decoder, &batch, spec.position)?;
-        for sample in streams.samples(&batch, spec.distance) {
-            sums.add(&sample);
-        }
-        done += batch.len() as u64;
-        cx.advanced("measuring layers", done, total, "windows")?;
     }
     let tokens = windows.iter().map(|w| w.len() as u64).sum();
     Ok(sums.profile(spec.position, tokens))
 }
 
-/// Windows per pass: what was asked, less when all their tokens' streams would not fit.
-fn batch_size(spec: &CalibrationSpec, checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> usize {
-    let asked = spec.batch_size.max(1) as usize;
-    match spec.position {
-        TokenPosition::Last => asked,
-        TokenPosition::Mean => {
-            let config = checkpoint.config();
-            let longest = windows.iter().map(Vec::len).max().unwrap_or(1);
-            let window_bytes = (config.layer_count + 1) * longest * config.hidden_size * size_of::<f32>();
-            asked.min(MAX_KEPT_BYTES / window_bytes.max(1)).max(1)
+/// Windows that go through a layer together: at most `most` of them, and `rows` tokens.
+fn parts(windows: &[&[u32]], most: usize, rows: usize) -> Vec<Range<usize>> {
+    let mut parts: Vec<Range<usize>> = Vec::new();
+    let mut filled = 0;
+    for (i, window) in windows.iter().enumerate() {
+        match parts.last_mut() {
+            Some(part) if part.len() < most && filled + window.len() <= rows => {
+                part.end = i + 1;
+                filled += window.len();
+            }
+            _ => {
+                parts.push(i..i + 1);
+                filled = window.len();
+            }
         }
     }
+    parts
 }
 
-/// The streams of one batch at every seam.
-struct Streams {
-    /// Seam by seam, `[tokens, h]`.
-    by_seam: Vec<Vec<f32>>,
-    hidden_size: usize,
-    position: TokenPosition,
-}
-
-/// Runs the decoder over a batch and keeps the streams of the tokens that count.
-fn streams(decoder: &Decoder, batch: &[&[u32]], position: TokenPosition) -> Result<Streams> {
-    let config = decoder.config();
-    let width = batch.iter().map(|w| w.len()).max().unwrap_or(0);
-    // Rows of the flattened `[b * t, h]` stream that belong to a counted token, never to padding.
-    let rows: Vec<u32> = batch
-        .iter()
-        .enumerate()
-        .flat_map(|(i, window)| {
-            let row = move |token: usize| (i * width + token) as u32;
-            let first = match position {
-                TokenPosition::Last => window.len() - 1,
-                TokenPosition::Mean => 0,
-            };
-            (first..window.len()).map(row)
-        })
-        .collect();
-    let rows = Tensor::new(rows, &decoder.compute().device)?;
-    let mut by_seam = Vec::with_capacity(config.layer_count + 1);
-    let mut keep = |seam: usize, x: &Tensor| -> Result<()> {
-        let kept = x.flatten_to(1)?.index_select(&rows, 0)?.to_dtype(DType::F32)?;
-        let values: Vec<f32> = kept.flatten_all()?.to_vec1()?;
-        if values.iter().any(|v| !v.is_finite()) {
-            return Err(not_finite(seam));
-        }
-        by_seam.push(values);
-        Ok(())
+/// Where the tokens that count lie for each window, in a table of all that count.
+fn counted(windows: &[&[u32]], position: TokenPosition) -> Vec<Range<usize>> {
+    let mut next = 0;
+    let range = |window: &&[u32]| {
+        next += match position {
+            TokenPosition::Last => 1,
+            TokenPosition::Mean => window.len(),
+        };
+        next
     };
-    let x = decoder.embed(&pad(batch, decoder.compute())?)?;
-    keep(0, &x)?;
-    decoder.layers(x, 0..config.layer_count, &mut keep)?;
-    Ok(Streams { by_seam, hidden_size: config.hidden_size, position })
+    let ends: Vec<usize> = windows.iter().map(range).collect();
+    std::iter::once(0).chain(ends.iter().copied()).zip(ends.iter().copied()).map(|(a, b)| a..b).collect()
 }
 
-fn not_finite(seam: usize) -> Error {
+/// The streams of the tokens that count, at every seam: one table for each seam and part.
+struct Seams {
+    tables: Streams,
+    parts: usize,
+    seams: usize,
+    width: usize,
+}
+
+/// Runs all windows through all layers and keeps the streams of the tokens that count.
+fn seams(
+    decoder: &Decoder,
+    windows: &[&[u32]],
+    parts: &[Range<usize>],
+    position: TokenPosition,
+    cx: Cx,
+) -> Result<Seams> {
+    let (layer_count, width) = (decoder.config().layer_count, decoder.config().hidden_size);
+    let batches: Vec<Batch> = parts.iter().map(|part| Batch::of(&windows[part.clone()])).collect();
+    let rows: Vec<Vec<u32>> = batches.iter().map(|batch| counted_rows(batch, position)).collect();
+    let sizes = (0..=layer_count).flat_map(|_| rows.iter().map(Vec::len));
+    let mut seams = Seams {
+        tables: Streams::new(sizes, width, decoder.compute())?,
+        parts: parts.len(),
+        seams: layer_count + 1,
+        width,
+    };
+    let mut keep = |seam: usize, part: usize, x: &Tensor| {
+        cx.check()?;
+        let kept = x.index_select(&Tensor::new(&rows[part][..], x.device())?, 0)?;
+        if !kept.abs()?.sum_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?.is_finite() {
+            let first = parts[part].start;
+            let of = counted(&windows[parts[part].clone()], position);
+            return Err(not_finite(seam, first, &of, &kept)?);
+        }
+        seams.tables.set(seam * parts.len() + part, &kept)
+    };
+    let mut streams = decoder.streams(&batches)?;
+    for part in 0..parts.len() {
+        keep(0, part, &streams.get(part)?)?;
+    }
+    let passes: Vec<_> = batches.iter().map(|batch| decoder.pass(batch)).collect();
+    let layers: Vec<usize> = (0..layer_count).collect();
+    decoder.carry(&mut streams, &passes, &layers, |layer, part, x| {
+        keep(layer + 1, part, x)?;
+        if part + 1 < parts.len() {
+            return Ok(());
+        }
+        cx.advanced("measuring layers", layer as u64 + 1, layer_count as u64, "layers")
+    })?;
+    Ok(seams)
+}
+
+/// Rows of a batch that count.
+fn counted_rows(batch: &Batch, position: TokenPosition) -> Vec<u32> {
+    let of = |text: &Range<usize>| match position {
+        TokenPosition::Last => text.end - 1..text.end,
+        TokenPosition::Mean => text.clone(),
+    };
+    batch.sequences.iter().flat_map(|text| of(&text.queries)).map(|row| row as u32).collect()
+}
+
+/// What is wrong with `kept`, the streams of windows `first..` whose rows are `of`.
+fn not_finite(seam: usize, first: usize, of: &[Range<usize>], kept: &Tensor) -> Result<Error> {
+    let values: Vec<Vec<f32>> = kept.to_dtype(candle_core::DType::F32)?.to_vec2()?;
+    let broken = |rows: &Range<usize>| values[rows.clone()].iter().flatten().any(|v| !v.is_finite());
+    let window = first + of.iter().position(broken).unwrap_or(0);
     let place = match seam.checked_sub(1) {
         None => "the embedding".to_owned(),
         Some(layer) => format!("layer {layer}"),
     };
-    Error::model(format!(
-        "the residual stream is no longer finite behind {place}: its values overflow; \
+    Ok(Error::model(format!(
+        "the residual stream of calibration window {window} is no longer finite behind {place}: its values overflow; \
          try --precision f32, or fetch the model again"
-    ))
+    )))
 }
 
-impl Streams {
-    /// What each window of the batch says.
-    fn samples(&self, batch: &[&[u32]], distance: Distance) -> Vec<Sample> {
-        let mut next = 0;
-        let ranges: Vec<std::ops::Range<usize>> = batch
-            .iter()
-            .map(|window| {
-                let count = match self.position {
-                    TokenPosition::Last => 1,
-                    TokenPosition::Mean => window.len(),
-                };
-                next += count;
-                next - count..next
-            })
-            .collect();
-        ranges.into_iter().map(|tokens| self.sample(tokens, distance)).collect()
-    }
+/// Bytes of streams that are looked at together.
+const LOOK_BYTES: usize = 32 << 20;
 
-    /// The mean over some tokens. Summed in token order, so that threads change nothing.
-    fn sample(&self, tokens: std::ops::Range<usize>, distance: Distance) -> Sample {
-        let h = self.hidden_size;
-        let seams = self.by_seam.len();
-        let count = tokens.len() as f64;
-        let by_token: Vec<Sample> = tokens
-            .into_par_iter()
-            .map(|token| {
-                let streams: Vec<&[f32]> =
-                    self.by_seam.iter().map(|s| &s[token * h..(token + 1) * h]).collect();
-                Sample::of(&Gram::new(&streams), seams, distance)
-            })
-            .collect();
+impl Seams {
+    /// The mean over some of the tokens of a part. Summed in token order, so that threads change nothing.
+    fn sample(&self, part: usize, tokens: Range<usize>, distance: Distance, cx: Cx) -> Result<Sample> {
+        let h = self.width;
+        let each = self.seams * h * size_of::<f32>();
+        let (first, count) = (tokens.start, tokens.len());
         let mut mean = Sample::default();
-        for token in &by_token {
-            mean.add(token, 1.0 / count);
+        let at_once = (LOOK_BYTES / each).max(1);
+        for start in (0..count).step_by(at_once) {
+            cx.check()?;
+            let many = at_once.min(count - start);
+            let rows = |seam: usize| self.tables.rows(seam * self.parts + part, first + start, many);
+            let by_seam = (0..self.seams).map(rows).collect::<Result<Vec<_>>>()?;
+            let of_token = |token: usize| {
+                let streams: Vec<&[f32]> = by_seam.iter().map(|s| &s[token * h..(token + 1) * h]).collect();
+                Sample::of(&Gram::new(&streams), self.seams, distance)
+            };
+            let by_token: Vec<Sample> = (0..many).into_par_iter().map(of_token).collect();
+            for token in &by_token {
+                mean.add(token, 1.0 / count as f64);
+            }
         }
-        mean
+        Ok(mean)
     }
 }
 
@@ -252,35 +276,5 @@ impl Sums {
     fn rows(&self, value: impl Fn(&Mean) -> f64) -> Vec<Vec<f64>> {
         let mut cells = self.distances.iter().map(value);
         (1..=self.layer_count).map(|n| cells.by_ref().take(self.layer_count - n + 1).collect()).collect()
-    }
-}
-
-/// Damaged weights are found before anything is computed with them.
-fn check_finite(checkpoint: &Checkpoint) -> Result<()> {
-    let names: Vec<&str> = checkpoint.names().collect();
-    let damaged = names.par_iter().find_first(|name| {
-        let (Some(info), Ok(bytes)) = (checkpoint.info(name), checkpoint.bytes(name)) else { return false };
-        !all_finite(info.dtype, bytes)
-    });
-    match damaged {
-        None => Ok(()),
-        Some(name) => Err(Error::model(format!(
-            "{}: tensor {name} holds NaN or infinite values; the checkpoint is damaged, fetch or export it again",
-            checkpoint.dir().display()
-        ))),
-    }
-}
-
-/// A float is finite unless all bits of its exponent are set.
-fn all_finite(dtype: Dtype, bytes: &[u8]) -> bool {
-    let halves = |exponent: u16| {
-        bytes.chunks_exact(2).all(|b| u16::from_le_bytes([b[0], b[1]]) & exponent != exponent)
-    };
-    match dtype {
-        Dtype::Bf16 => halves(0x7f80),
-        Dtype::F16 => halves(0x7c00),
-        Dtype::F32 => bytes.chunks_exact(4).all(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
-        // Nothing else is computed with; opening the decoder says so.
-        _ => true,
     }
 }

@@ -3,11 +3,10 @@
 use std::fs;
 use std::path::PathBuf;
 
-use candle_core::Tensor;
 use secateur::engine::eval::loglikelihood::{Request, likelihoods};
 use secateur::engine::eval::tasks::ItemResult;
 use secateur::engine::eval::{Checkpoints, evaluate};
-use secateur::engine::model::{Checkpoint, Decoder};
+use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::job::progress::Stage;
 use secateur::job::report::EvalReport;
 use secateur::job::spec::{Corpus, EvalSpec, TaskSpec};
@@ -17,8 +16,7 @@ use crate::support::tiny::Tiny;
 
 /// Log-likelihood of `tokens[from..]` and whether all are the likeliest, one sequence alone, in f64.
 fn by_hand(decoder: &Decoder, tokens: &[u32], from: usize) -> (f64, bool) {
-    let ids = Tensor::new(tokens, &decoder.compute().device).unwrap().unsqueeze(0).unwrap();
-    let x = decoder.forward(&ids).unwrap().squeeze(0).unwrap();
+    let x = decoder.forward(&Batch::of(&[tokens])).unwrap();
     let logits: Vec<Vec<f32>> = decoder.logits(&x).unwrap().to_vec2().unwrap();
     let (mut sum, mut greedy) = (0.0, true);
     for at in from..tokens.len() {

@@ -8,7 +8,7 @@ use secateur::engine::heal::backward::mean_loss;
 use secateur::engine::heal::{WindowsOf, Wound, heal};
 use secateur::engine::model::generate::continue_text;
 use secateur::engine::model::lora::Adapter;
-use secateur::engine::model::{Checkpoint, Compute, Decoder, pad};
+use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder};
 use secateur::engine::prune::Cut;
 use secateur::engine::workspace::Workspace;
 use secateur::engine::{Cx, Result};
@@ -75,8 +75,8 @@ fn the_merged_checkpoint_computes_what_pruned_and_adapter_compute_together() {
     let scale = config["lora_alpha"].as_f64().unwrap() / config["r"].as_f64().unwrap();
 
     let tokens: Vec<u32> = (0..20).map(|i| i * 11 % 256).collect();
-    let tokens = pad(&[&tokens], &compute()).unwrap();
-    let pass = plain.pass(0, 20).unwrap();
+    let tokens = Batch::of(&[&tokens]);
+    let pass = plain.pass(&tokens);
     let mut x = plain.embed(&tokens).unwrap();
     for layer in 0..pruned.config().layer_count {
         let adapter = |(i, name): (usize, &str)| {

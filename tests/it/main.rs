@@ -34,6 +34,8 @@ mod heal_stage;
 mod leases;
 #[cfg(feature = "service")]
 mod local_pg;
+#[cfg(feature = "engine")]
+mod memory;
 #[cfg(feature = "service")]
 mod openapi;
 #[cfg(feature = "engine")]

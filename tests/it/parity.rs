@@ -12,7 +12,7 @@ use secateur::checkpoint::family::FAMILIES;
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
 use secateur::engine::model::generate::continue_text;
 use secateur::engine::model::lora::unit;
-use secateur::engine::model::{Checkpoint, Compute, Decoder, Rounding, pad};
+use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
 use secateur::engine::prune::Cut;
 use secateur::job::progress::Stage;
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};
@@ -62,8 +62,13 @@ impl Golden {
         self.tensors[&format!("golden.{key}")].clone()
     }
 
-    fn ids(&self) -> Tensor {
-        self.of("ids").to_dtype(DType::U32).unwrap()
+    fn ids(&self) -> Vec<Vec<u32>> {
+        self.of("ids").to_dtype(DType::U32).unwrap().to_vec2().unwrap()
+    }
+
+    fn batch(&self) -> Batch {
+        let ids = self.ids();
+        Batch::of(&ids.iter().map(Vec::as_slice).collect::<Vec<_>>())
     }
 
     fn assert_close(&self, what: &str, ours: &Tensor, theirs: &Tensor) {
@@ -74,14 +79,15 @@ impl Golden {
     }
 
     fn streams_and_logits_agree(&self) {
-        let x = self.decoder.embed(&self.ids()).unwrap();
-        self.assert_close("stream 0", &x, &self.of("stream.0"));
+        let seen = |seam: usize| self.of(&format!("stream.{seam}")).flatten_to(1).unwrap();
+        let x = self.decoder.embed(&self.batch()).unwrap();
+        self.assert_close("stream 0", &x, &seen(0));
         let count = self.decoder.config().layer_count;
-        let last = self.decoder.layers(x, 0..count, |seam, stream| {
-            self.assert_close(&format!("stream {seam}"), stream, &self.of(&format!("stream.{seam}")));
+        let last = self.decoder.layers(x, &self.decoder.pass(&self.batch()), 0..count, |seam, stream| {
+            self.assert_close(&format!("stream {seam}"), stream, &seen(seam));
             Ok(())
         });
-        let logits = self.decoder.logits(&last.unwrap().flatten_to(1).unwrap()).unwrap();
+        let logits = self.decoder.logits(&last.unwrap()).unwrap();
         self.assert_close("logits", &logits, &self.of("logits").flatten_to(1).unwrap());
     }
 
@@ -98,15 +104,37 @@ impl Golden {
 
     /// In one batch with a longer one, a sequence is what it is alone.
     fn lengths_do_not_mix(&self) {
-        let rows: Vec<Vec<u32>> = self.ids().to_vec2().unwrap();
-        // LongRoPE goes by the longest text of a batch, in transformers too.
-        let longest = if self.name.contains("long") { 16 } else { rows[0].len() };
-        let all = [&rows[0][..longest], &rows[1][..11]];
-        let together = self.decoder.forward(&pad(&all, &compute()).unwrap()).unwrap();
-        for (i, ids) in all.iter().enumerate() {
-            let alone = self.decoder.forward(&pad(&[ids], &compute()).unwrap()).unwrap();
-            let row = together.narrow(0, i, 1).unwrap().narrow(1, 0, ids.len()).unwrap();
-            self.assert_close(&format!("sequence {i} of a batch"), &row, &alone);
+        let rows = self.ids();
+        let all = [&rows[0][..], &rows[1][..11]];
+        let together = self.decoder.forward(&Batch::of(&all)).unwrap();
+        for (ids, first) in [(all[0], 0), (all[1], rows[0].len())] {
+            let alone = self.decoder.forward(&Batch::of(&[ids])).unwrap();
+            let row = together.narrow(0, first, ids.len()).unwrap();
+            self.assert_close("a text of a batch", &row, &alone);
+        }
+    }
+
+    /// What texts begin with together is computed once, and each is what it is alone.
+    fn beginnings_are_shared(&self) {
+        let rows = self.ids();
+        let end = rows[0].len();
+        let texts = [
+            &rows[0][..18],
+            &[&rows[0][..17], &rows[1][..3]].concat(),
+            &rows[0][..],
+            &rows[0][..end - 1],
+            &rows[1][..5],
+        ];
+        let (batch, places) = self.decoder.pack(&texts);
+        let all: usize = texts.iter().map(|text| text.len()).sum();
+        let turns_anew = self.decoder.config().ropes.iter().any(|rope| rope.changes(5, end));
+        assert_eq!(batch.tokens.len() < all, !turns_anew, "{}", self.name);
+        let together = self.decoder.forward(&batch).unwrap();
+        for (text, places) in texts.iter().zip(&places) {
+            let alone = self.decoder.forward(&Batch::of(&[text])).unwrap();
+            let rows: Vec<u32> = (0..text.len()).map(|i| places.at(i) as u32).collect();
+            let found = together.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap();
+            self.assert_close("a text that shares its beginning", &found, &alone);
         }
     }
 
@@ -117,11 +145,12 @@ impl Golden {
         let cut = Cut::plan(base.index(), &[0, 2], None).unwrap();
         let written = cut.write(&rig.workspace(), rig.cx(Stage::Prune)).unwrap();
         let pruned = Checkpoint::open(&rig.path("workspace").join(written.path)).unwrap();
-        let mut skipping = self.decoder.embed(&self.ids()).unwrap();
+        let (batch, mut skipping) = (self.batch(), self.decoder.embed(&self.batch()).unwrap());
+        let pass = self.decoder.pass(&batch);
         for layer in [1, 3] {
-            skipping = self.decoder.layers(skipping, layer..layer + 1, |_, _| Ok(())).unwrap();
+            skipping = self.decoder.layers(skipping, &pass, layer..layer + 1, |_, _| Ok(())).unwrap();
         }
-        let plain = Decoder::open(&pruned, &compute()).unwrap().forward(&self.ids()).unwrap();
+        let plain = Decoder::open(&pruned, &compute()).unwrap().forward(&batch).unwrap();
         self.assert_close("the pruned checkpoint", &plain, &skipping);
     }
 
@@ -151,7 +180,7 @@ impl Golden {
             let noise = Tensor::from_vec(noise, variable.shape(), &Device::Cpu).unwrap();
             variable.set(&(variable.as_detached_tensor() + noise).unwrap()).unwrap();
         }
-        let rows: Vec<Vec<u32>> = self.ids().to_vec2().unwrap();
+        let rows = self.ids();
         let windows = [&rows[0][..14], &rows[1][..9]];
         let draw = Draw { seed: 1, step: 0, micro_batch: 0 };
         // A longer step sends a token to another expert, and there the slope jumps.
@@ -181,6 +210,7 @@ fn agrees(name: &str) {
         golden.streams_and_logits_agree();
         golden.greedy_text_agrees();
         golden.lengths_do_not_mix();
+        golden.beginnings_are_shared();
         golden.a_cut_closes();
     }
     Golden::open(name, "newer").gradients_are_right();
@@ -214,14 +244,13 @@ fn halves_stay_near_transformers_and_pairs_of_halves_nearer() {
         for (rounding, tolerance) in [(Rounding::Once, 0.3), (Rounding::Twice, 1e-3)] {
             let compute = Compute { rounding: Some(rounding), ..Compute::cpu(None) };
             golden.decoder = Decoder::open(&checkpoint, &compute).unwrap();
-            let logits = golden.decoder.forward(&golden.ids()).unwrap().flatten_to(1).unwrap();
-            let logits = golden.decoder.logits(&logits).unwrap();
+            let logits = golden.decoder.logits(&golden.decoder.forward(&golden.batch()).unwrap()).unwrap();
             let theirs = golden.of("logits").flatten_to(1).unwrap();
             let difference = (&logits - theirs).unwrap().abs().unwrap().max_all().unwrap();
             let difference = difference.to_scalar::<f32>().unwrap();
             assert!(difference < tolerance, "{name}, {rounding:?}: {difference}");
         }
-        let rows: Vec<Vec<u32>> = golden.ids().to_vec2().unwrap();
+        let rows = golden.ids();
         let (nll, gradient) = golden.head(&rows[0]);
         golden.decoder = Decoder::open(&checkpoint, &Compute::cpu(None)).unwrap();
         let (want_nll, want) = golden.head(&rows[0]);

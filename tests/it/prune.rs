@@ -4,7 +4,7 @@ use std::fs;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
-use secateur::engine::model::{Checkpoint, Decoder, pad};
+use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::engine::prune::Cut;
 use secateur::job::progress::Stage;
 use secateur::job::spec::WeightType;
@@ -27,9 +27,10 @@ fn cut(rig: &Rig, base: &Checkpoint, dropped: &[u32], dtype: Option<WeightType>)
 fn forward_over(decoder: &Decoder, kept: &[usize]) -> Vec<f32> {
     let tokens = windows(2, 24);
     let batch: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
-    let mut x = decoder.embed(&pad(&batch, decoder.compute()).unwrap()).unwrap();
+    let batch = Batch::of(&batch);
+    let (mut x, pass) = (decoder.embed(&batch).unwrap(), decoder.pass(&batch));
     for l in kept {
-        x = decoder.layers(x, *l..l + 1, |_, _| Ok(())).unwrap();
+        x = decoder.layers(x, &pass, *l..l + 1, |_, _| Ok(())).unwrap();
     }
     x.flatten_all().unwrap().to_vec1().unwrap()
 }

@@ -1,11 +1,11 @@
 //! The one measurement under all scores: how likely the model finds given tokens.
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
+use crate::engine::model::batch::{Rows, batches};
+use crate::engine::model::cuts::carry_cuts;
 pub use crate::engine::model::kernel::rows::Likelihood;
-use crate::engine::model::kernel::rows::likelihood;
-use crate::engine::model::{Decoder, pad};
+use crate::engine::model::{Batch, Decoder};
 use crate::engine::{Cx, Result};
 
 /// Tokens to score: those from `from` on, given all before them.
@@ -16,56 +16,81 @@ pub struct Request {
     pub from: usize,
 }
 
-/// Padded tokens per forward pass.
-const BATCH_TOKENS: usize = 2048;
-/// Rows of logits at a time; `rows × vocab` floats are held at once.
-const HEAD_ROWS: usize = 256;
+impl Request {
+    /// What the model reads: the last token is scored only.
+    fn read(&self) -> &[u32] {
+        &self.tokens[..self.tokens.len() - 1]
+    }
+}
 
 /// The likelihood of each request, in their order; `task` is what progress is called.
+///
+/// What requests begin with together is computed once: the context of an item's choices, the examples before
+/// all items of a subject.
 pub fn likelihoods(decoder: &Decoder, requests: &[Request], task: &str, cx: Cx) -> Result<Vec<Likelihood>> {
-    // Long ones first: neighbours are of like length, and what does not fit fails at once.
+    let mut tell = |done: usize| cx.advanced(task, done as u64, requests.len() as u64, "sequences");
+    let mut of_cuts = likelihoods_without(decoder, requests, &[&[]], &|| cx.check(), &mut tell)?;
+    Ok(of_cuts.remove(0))
+}
+
+/// The same for the model without the layers of each cut (see [`carry_cuts`]); `tell` hears how many requests are
+/// done with, `check` is called between layers.
+pub fn likelihoods_without(
+    decoder: &Decoder,
+    requests: &[Request],
+    cuts: &[&[u32]],
+    check: &dyn Fn() -> Result<()>,
+    tell: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<Vec<Vec<Likelihood>>> {
+    // Neighbours have most in common.
     let mut order: Vec<usize> = (0..requests.len()).collect();
-    order.sort_by_key(|i| std::cmp::Reverse(requests[*i].tokens.len()));
-    let mut out = vec![Likelihood { log_likelihood: 0.0, greedy: true }; requests.len()];
-    let mut done = 0;
-    while done < order.len() {
-        let longest = requests[order[done]].tokens.len().max(1);
-        let end = order.len().min(done + (BATCH_TOKENS / longest).max(1));
-        let batch = &order[done..end];
-        for (i, token) in score(decoder, requests, batch)? {
-            out[i].log_likelihood += token.log_likelihood;
-            out[i].greedy &= token.greedy;
-        }
-        done = end;
-        cx.advanced(task, done as u64, order.len() as u64, "sequences")?;
+    order.sort_by_key(|i| requests[*i].read());
+    let texts: Vec<&[u32]> = order.iter().map(|i| requests[*i].read()).collect();
+    let parts = batches(&texts, decoder.rows_at_once());
+    // Where weights do not stay in memory, all go through a layer together.
+    let together = if decoder.streamed() { parts.len().max(1) } else { 1 };
+    let certain = Likelihood { log_likelihood: 0.0, greedy: true };
+    let mut out = vec![vec![certain; requests.len()]; cuts.len()];
+    for parts in parts.chunks(together) {
+        let packed: Vec<(Batch, Vec<Rows>)> =
+            parts.iter().map(|part| decoder.pack(&texts[part.clone()])).collect();
+        let (batches, rows): (Vec<Batch>, Vec<Vec<Rows>>) = packed.into_iter().unzip();
+        let passes: Vec<_> = batches.iter().map(|batch| decoder.pass(batch)).collect();
+        carry_cuts(decoder, decoder.streams(&batches)?, &passes, cuts, check, &mut |which, streams| {
+            for (i, (part, rows)) in parts.iter().zip(&rows).enumerate() {
+                let scored = score(decoder, requests, &order[part.clone()], rows, &streams.get(i)?)?;
+                for (request, token) in &scored {
+                    for cut in which {
+                        let sum = &mut out[*cut][*request];
+                        sum.log_likelihood += token.log_likelihood;
+                        sum.greedy &= token.greedy;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        tell(parts.last().map_or(0, |part| part.end))?;
     }
     Ok(out)
 }
 
-/// One likelihood per scored token of the batch, with the request it belongs to.
-fn score(decoder: &Decoder, requests: &[Request], batch: &[usize]) -> Result<Vec<(usize, Likelihood)>> {
-    // The last token is scored but never read.
-    let inputs: Vec<&[u32]> =
-        batch.iter().map(|i| &requests[*i].tokens[..requests[*i].tokens.len() - 1]).collect();
-    let width = inputs.iter().map(|s| s.len()).max().unwrap_or(0);
-    let (mut rows, mut targets) = (Vec::new(), Vec::new());
-    for (row, i) in batch.iter().enumerate() {
+/// What the stream `x [rows, h]` says of each scored token of requests `which`, whose tokens lie in `rows`.
+fn score(
+    decoder: &Decoder,
+    requests: &[Request],
+    which: &[usize],
+    rows: &[Rows],
+    x: &Tensor,
+) -> Result<Vec<(usize, Likelihood)>> {
+    let (mut places, mut targets, mut owners) = (Vec::new(), Vec::new(), Vec::new());
+    for (i, rows) in which.iter().zip(rows) {
         let Request { tokens, from } = &requests[*i];
-        for (at, token) in tokens.iter().enumerate().skip(*from) {
-            rows.push((row * width + at - 1) as u32);
-            targets.push((*i, *token));
+        for at in *from..tokens.len() {
+            places.push(rows.at(at - 1) as u32);
+            targets.push(tokens[at]);
+            owners.push(*i);
         }
     }
-    let x = decoder.forward(&pad(&inputs, decoder.compute())?)?.flatten_to(1)?;
-    let mut out = Vec::with_capacity(targets.len());
-    for (rows, targets) in rows.chunks(HEAD_ROWS).zip(targets.chunks(HEAD_ROWS)) {
-        let x = x.index_select(&Tensor::new(rows, x.device())?, 0)?;
-        let logits = decoder.logits(&x)?;
-        let vocab = logits.dim(1)?;
-        let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-        let scored =
-            logits.par_chunks(vocab).zip(targets).map(|(row, (i, id))| (*i, likelihood(row, *id as usize)));
-        out.par_extend(scored);
-    }
-    Ok(out)
+    let x = x.index_select(&Tensor::new(places, x.device())?, 0)?;
+    Ok(owners.into_iter().zip(decoder.likelihoods(&x, &targets)?).collect())
 }

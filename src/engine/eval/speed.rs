@@ -2,9 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use candle_core::Tensor;
-
-use crate::engine::model::Decoder;
+use crate::engine::model::{Batch, Decoder};
 use crate::engine::{Cx, Error, Result};
 use crate::job::report::Speed;
 
@@ -48,9 +46,8 @@ fn likeliest(
     tokens: &[u32],
     cache: &mut crate::engine::model::cache::KvCache,
 ) -> Result<u32> {
-    let input = Tensor::new(tokens, &decoder.compute().device)?.unsqueeze(0)?;
-    let x = decoder.step(&input, cache)?;
-    let logits = decoder.logits(&x.narrow(1, tokens.len() - 1, 1)?.squeeze(0)?)?;
+    let x = decoder.step(&Batch::of(&[tokens]), cache)?;
+    let logits = decoder.logits(&x.narrow(0, tokens.len() - 1, 1)?)?;
     let best: Vec<u32> = logits.argmax(1)?.to_vec1()?;
     best.first().copied().ok_or_else(|| Error::bug("no logits"))
 }

@@ -8,9 +8,11 @@ use candle_core::{Device, Tensor, Var};
 
 use crate::checkpoint::{LinearShape, Role};
 use crate::engine::eval::loglikelihood::{Request, likelihoods};
+use crate::engine::model::kernel::attention::Sequence;
 use crate::engine::model::layer::{AdapterGradient, Layer, Trace};
 use crate::engine::model::lora::{Adapter, Dropout, stream_key};
-use crate::engine::model::{Config, Decoder, ops, pad};
+use crate::engine::model::streams::Streams;
+use crate::engine::model::{Batch, Config, Decoder, ops};
 use crate::engine::{Cx, Error, Result};
 use crate::job::preset::QloraSettings;
 
@@ -185,31 +187,40 @@ pub fn loss_and_gradients(
     scale: f64,
     draw: Draw,
 ) -> Result<(f64, Vec<Tensor>)> {
-    let tokens = pad(windows, decoder.compute())?;
-    let pass = decoder.pass(0, tokens.dim(1)?)?;
+    let batch = Batch::of(windows);
+    let pass = decoder.pass(&batch);
     let layer_count = decoder.config().layer_count;
     let lowest = adapters.lowest();
-    let mut seams = vec![decoder.embed(&tokens)?];
+    let rows = batch.tokens.len();
+    // The streams entering each layer, and the one that leaves the last.
+    let mut seams =
+        Streams::new((0..=layer_count).map(|_| rows), decoder.config().hidden_size, decoder.compute())?;
+    seams.set(0, &decoder.embed(&batch)?)?;
     let mut traces: Vec<Option<Trace>> = Vec::new();
     let mut room = decoder.room_bytes();
     for index in 0..layer_count {
+        decoder.read_ahead(index + 1);
         let layer = adapters.on(decoder.layer(index)?, index, draw, false);
+        let entering = seams.get(index)?;
         if index >= lowest && room > 0 && layer.is_native() {
-            let (leaving, trace) = layer.forward_traced(&seams[index], &pass)?;
+            let (leaving, trace) = layer.forward_traced(&entering, &pass)?;
             room = room.saturating_sub(trace.bytes());
             traces.push(Some(trace));
-            seams.push(leaving);
+            seams.set(index + 1, &leaving)?;
         } else {
             traces.push(None);
-            seams.push(layer.forward(&seams[index], &pass, None)?);
+            seams.set(index + 1, &layer.forward(&entering, &pass, None)?)?;
         }
+        decoder.release(index);
     }
-    let last = seams.pop().ok_or_else(|| Error::bug("no stream"))?;
-    let (nll, mut upstream) = head_backward(decoder, &last, windows, scale)?;
+    let (nll, mut upstream) = head_backward(decoder, &seams.get(layer_count)?, &batch, scale)?;
     let mut gradients: Vec<Option<Tensor>> = vec![None; adapters.variables.len()];
     for index in (lowest..layer_count).rev() {
-        let entering = seams.pop().ok_or_else(|| Error::bug("a seam is missing"))?;
+        let entering = seams.get(index)?;
         let layer = adapters.on(decoder.layer(index)?, index, draw, true);
+        if index > lowest {
+            decoder.read_ahead(index - 1);
+        }
         if layer.is_native() {
             let trace = traces[index].take();
             let (dx, of_layer) = layer.backward(&entering, &pass, trace, &upstream, index > lowest)?;
@@ -221,6 +232,7 @@ pub fn loss_and_gradients(
             if let Some(dx) = dx {
                 upstream = dx;
             }
+            decoder.release(index);
             continue;
         }
         // Nothing is trained below the lowest adapter: its layer's input needs no gradient.
@@ -233,20 +245,22 @@ pub fn loss_and_gradients(
         if let Some(leaf) = leaf {
             upstream = store.remove(&leaf).ok_or_else(|| Error::bug("the stream lost its gradient"))?;
         }
+        decoder.release(index);
     }
     let gradients: Option<Vec<Tensor>> = gradients.into_iter().collect();
     Ok((nll, gradients.ok_or_else(|| Error::bug("an adapter got no gradient"))?))
 }
 
-/// Loss at the head, and its gradient for the stream `[b, t, h]` leaving the last layer.
-fn head_backward(decoder: &Decoder, x: &Tensor, windows: &[&[u32]], scale: f64) -> Result<(f64, Tensor)> {
-    let (b, t, h) = x.dims3()?;
-    let (rows, targets) = predictions(windows, t);
-    let predicting = x.reshape((b * t, h))?.index_select(&Tensor::new(&rows[..], x.device())?, 0)?;
-    let (nll, gradient) = decoder.token_nll_backward(&predicting, &targets, scale)?;
-    let rows = Tensor::new(&rows[..], x.device())?;
-    let all = Tensor::zeros((b * t, h), x.dtype(), x.device())?.index_add(&rows, &gradient, 0)?;
-    Ok((nll.iter().map(|n| f64::from(*n)).sum(), all.reshape((b, t, h))?))
+/// Loss at the head, and its gradient for the stream `[rows, h]` leaving the last layer.
+fn head_backward(decoder: &Decoder, x: &Tensor, batch: &Batch, scale: f64) -> Result<(f64, Tensor)> {
+    // All rows but the last one of each text predict the token behind them.
+    let predicting = |text: &Sequence| text.queries.start as u32..text.queries.end as u32 - 1;
+    let rows: Vec<u32> = batch.sequences.iter().flat_map(predicting).collect();
+    let targets: Vec<u32> = rows.iter().map(|row| batch.tokens[*row as usize + 1]).collect();
+    let rows = Tensor::new(rows, x.device())?;
+    let (nll, gradient) = decoder.token_nll_backward(&x.index_select(&rows, 0)?, &targets, scale)?;
+    let all = x.zeros_like()?.index_add(&rows, &gradient, 0)?;
+    Ok((nll.iter().map(|n| f64::from(*n)).sum(), all))
 }
 
 /// Mean negative log-likelihood per predicted token, in nats, without adapters.
@@ -255,10 +269,4 @@ pub fn mean_loss(decoder: &Decoder, windows: &[Vec<u32>], cx: Cx) -> Result<f64>
     let scored = likelihoods(decoder, &requests, "judging on held-out windows", cx)?;
     let predicted: usize = windows.iter().map(|w| w.len() - 1).sum();
     Ok(-scored.iter().map(|s| s.log_likelihood).sum::<f64>() / predicted.max(1) as f64)
-}
-
-/// Rows of the flattened batch `[b · t]` that predict a token, and the tokens they predict.
-fn predictions(windows: &[&[u32]], t: usize) -> (Vec<u32>, Vec<u32>) {
-    let places = windows.iter().enumerate().flat_map(|(b, w)| (1..w.len()).map(move |i| (b, i)));
-    places.map(|(b, i)| ((b * t + i - 1) as u32, windows[b][i])).unzip()
 }

@@ -10,8 +10,6 @@ mod resume;
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::Tensor;
-
 pub use qlora::{Trained, Windows, train};
 
 use super::export::safetensors::{Content, Draft, Planned, encode};
@@ -154,14 +152,9 @@ fn write_merged(
         let Some(adapter) = adapters.get(&tensor.name) else {
             return Content::of(source.index(), &tensor.name);
         };
-        let weight =
-            Tensor::from_vec(source.values(&tensor.name)?, tensor.shape.clone(), adapter.a.device())?;
-        let merged = if config.family.transposed {
-            adapter.merge(&weight.t()?)?.t()?
-        } else {
-            adapter.merge(&weight)?
-        };
-        let merged: Vec<f32> = merged.flatten_all()?.to_vec1()?;
+        let mut merged = source.values(&tensor.name)?;
+        source.release(&tensor.name);
+        adapter.merge(&mut merged, config.family.transposed)?;
         if merged.iter().any(|w| !w.is_finite()) {
             return Err(Error::spec(format!("healing left {} not finite; lower learning_rate", tensor.name)));
         }

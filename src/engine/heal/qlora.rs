@@ -14,8 +14,9 @@ use crate::job::report::LossPoint;
 
 /// Gradient norm that larger ones are scaled down to, as in transformers' Trainer.
 const MAX_GRADIENT_NORM: f64 = 1.0;
-/// Tokens per micro-batch; an optimizer step accumulates as many as it needs.
-const MICRO_BATCH_TOKENS: usize = 2048;
+/// Tokens per micro-batch, or fewer where the memory is too little for so many; an optimizer step accumulates
+/// as many as it needs.
+const MICRO_BATCH_TOKENS: usize = 1024;
 /// Windows of the healing corpus that are kept apart to judge the healing.
 const HELD_OUT_WINDOWS: usize = 16;
 
@@ -136,7 +137,8 @@ fn step(
     let longest = batch.iter().map(|w| w.len()).max().unwrap_or(1);
     let mut loss = 0.0;
     let mut gradients = Vec::new();
-    for (micro_batch, windows) in batch.chunks((MICRO_BATCH_TOKENS / longest).max(1)).enumerate() {
+    let tokens = MICRO_BATCH_TOKENS.min(frozen.rows_at_once());
+    for (micro_batch, windows) in batch.chunks((tokens / longest).max(1)).enumerate() {
         let draw = Draw { seed: stream_key(&[seed, 3]), step, micro_batch };
         let (nll, new) = loss_and_gradients(frozen, adapters, windows, scale, draw)?;
         loss += nll * scale;

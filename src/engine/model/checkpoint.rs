@@ -10,10 +10,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use memmap2::Mmap;
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
 
+use super::kernel::map::Map;
 use crate::checkpoint::{Config, Dtype, Index, TensorInfo};
 use crate::engine::{Error, Result};
 
@@ -25,7 +25,7 @@ pub struct Checkpoint(Arc<Inner>);
 struct Inner {
     index: Index,
     /// In the order of the index's files.
-    maps: Vec<Bytes>,
+    maps: Vec<Map>,
 }
 
 impl Checkpoint {
@@ -69,13 +69,46 @@ impl Checkpoint {
     /// The bytes of a tensor, straight from the mapped file.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let info = self.required(name)?;
-        Ok(&self.0.maps[info.file][info.range.start as usize..info.range.end as usize])
+        Ok(&self.0.maps[info.file].as_ref()[info.range.start as usize..info.range.end as usize])
     }
 
     /// The bytes of a tensor, not copied, and their type.
     pub fn mapped(&self, name: &str) -> Result<(Bytes, Dtype)> {
         let info = self.required(name)?;
-        Ok((self.0.maps[info.file].slice(info.range.start as usize..info.range.end as usize), info.dtype))
+        Ok((self.0.maps[info.file].bytes(info.range.start as usize..info.range.end as usize), info.dtype))
+    }
+
+    /// Bytes of the largest layer.
+    pub fn layer_bytes(&self) -> u64 {
+        let bytes = |index| self.tensors_of(index).map(|info| info.range.end - info.range.start).sum();
+        (0..self.config().layer_count).map(bytes).max().unwrap_or(0)
+    }
+
+    /// Has layer `index` read from the disk while other things are done.
+    pub fn read_ahead(&self, index: usize) {
+        for info in self.tensors_of(index) {
+            self.0.maps[info.file].read_ahead(info.range.start as usize..info.range.end as usize);
+        }
+    }
+
+    /// Lets go of the memory that the mapped tensors of layer `index` take.
+    pub fn release_layer(&self, index: usize) {
+        self.tensors_of(index).for_each(|info| self.let_go(info));
+    }
+
+    /// The same for one tensor.
+    pub fn release(&self, name: &str) {
+        self.info(name).into_iter().for_each(|info| self.let_go(info));
+    }
+
+    fn let_go(&self, info: &TensorInfo) {
+        self.0.maps[info.file].release(info.range.start as usize..info.range.end as usize);
+    }
+
+    fn tensors_of(&self, index: usize) -> impl Iterator<Item = &TensorInfo> {
+        let prefix = self.config().in_layer(index, "");
+        let tensors = self.0.index.tensors.range(prefix.clone()..);
+        tensors.take_while(move |(name, _)| name.starts_with(&prefix)).map(|(_, info)| info)
     }
 
     /// A tensor on `device` as `dtype`.
@@ -126,16 +159,28 @@ impl Checkpoint {
         self.0.maps.iter().map(|m| m.len() as u64).sum()
     }
 
-    /// The name of what the checkpoint holds (see [`content_digest`]).
+    /// The name of what the checkpoint holds (see [`content_digest`]). All of it is read, and found sound, on the
+    /// way.
+    ///
+    /// # Errors
+    /// A model error that names a tensor with values that are not finite.
     pub fn digest(&self) -> Result<String> {
         let index = self.index();
         let files = index.files.iter().map(File::open).collect::<std::io::Result<Vec<_>>>()?;
         let sum = |(name, info): (&String, &TensorInfo)| -> Result<(String, TensorSum)> {
             let mut hash = blake3::Hasher::new();
+            let mut sound = true;
             read_chunks(&files[info.file], info.range.clone(), |chunk| {
                 hash.update(chunk);
+                sound &= all_finite(info.dtype, chunk);
                 Ok(())
             })?;
+            if !sound {
+                return Err(Error::model(format!(
+                    "{}: tensor {name} holds NaN or infinite values; the checkpoint is damaged, fetch or export it again",
+                    self.dir().display()
+                )));
+            }
             let sum = TensorSum { dtype: info.dtype, shape: info.shape.clone(), hash: hash.finalize() };
             Ok((name.clone(), sum))
         };
@@ -182,6 +227,20 @@ pub fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|e| wrong(&format!("cannot switch off truncation: {e}")))?;
     Ok(tokenizer)
+}
+
+/// A float is finite unless all bits of its exponent are set.
+fn all_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    let halves = |exponent: u16| {
+        bytes.chunks_exact(2).all(|b| u16::from_le_bytes([b[0], b[1]]) & exponent != exponent)
+    };
+    match dtype {
+        Dtype::Bf16 => halves(0x7f80),
+        Dtype::F16 => halves(0x7c00),
+        Dtype::F32 => bytes.chunks_exact(4).all(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
+        // Nothing else is computed with; opening the decoder says so.
+        _ => true,
+    }
 }
 
 /// Stored floats as float32; none for a type that holds no weights.
@@ -254,12 +313,7 @@ fn not_a_weight(name: &str, dtype: Dtype) -> Error {
     Error::model(format!("tensor {name} is {dtype}; only BF16, F16 and F32 can be used"))
 }
 
-fn map_file(path: &Path) -> Result<Bytes> {
+fn map_file(path: &Path) -> Result<Map> {
     let wrong = |e: std::io::Error| Error::model(format!("{}: {e}", path.display()));
-    let file = File::open(path).map_err(wrong)?;
-    // SAFETY: the map is read only as bytes. A file cut short by someone else while it is mapped would
-    // end the process with SIGBUS: one attempt of one job, which the worker supervises.
-    #[allow(unsafe_code)]
-    let map = unsafe { Mmap::map(&file) }.map_err(wrong)?;
-    Ok(Bytes::from_owner(map))
+    Map::open(&File::open(path).map_err(wrong)?).map_err(wrong)
 }

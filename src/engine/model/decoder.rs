@@ -6,12 +6,17 @@ use std::ops::Range;
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
 
+use super::batch::{Batch, Rows};
 use super::cache::KvCache;
 use super::checkpoint::Checkpoint;
+use super::kernel::attention::Sequence;
 use super::kernel::left::Left;
+use super::kernel::map::Map;
+use super::kernel::matrix::Side;
 use super::kernel::product::product;
-use super::kernel::rows;
+use super::kernel::rows::{self, Likelihood, Odds};
 use super::layer::{Layer, Norm, Pass};
+use super::streams::Streams;
 use super::weight::{Frozen, Weight, floats, with};
 use super::{Compute, ops};
 use crate::checkpoint::Config;
@@ -33,48 +38,46 @@ pub struct Decoder {
     /// `[vocab]`.
     head_bias: Option<Tensor>,
     layers: Vec<Stored>,
+    /// The mapped weights do not stay in memory: what was used is let go of.
+    streamed: bool,
 }
 
 /// How a layer's weights are kept between uses.
 enum Stored {
     /// Ready to run.
     Resident(Box<Layer>),
+    /// Quantised, its codes in a file of our own.
+    Spilled(Box<Layer>, Map),
     /// In the mapped file only.
     OnDisk,
 }
 
-/// Rows of logits at a time: `rows × vocab` floats are the largest tensor of a forward pass.
+/// Rows of logits at a time: `rows × vocab` floats are the largest table of a step.
 const HEAD_ROWS: usize = 256;
+/// Rows that go through a layer at once.
+const MOST_ROWS: usize = 1024;
+const LEAST_ROWS: usize = 64;
+/// Rows whose likelihoods are found at once, and logits of each that are held: two megabytes a core.
+const LIKELIHOOD_ROWS: usize = 512;
+const VOCABULARY_BLOCK: usize = 2048;
 
 /// Tokens sent through a checkpoint that was just written.
 const PROOF_TOKENS: usize = 8;
 
-/// Share of the free memory for activations that could be computed again: a third of a step's time is worth
-/// memory that nobody uses, but not much of it.
-const KEPT_SHARE: f64 = 0.05;
-
-/// Share of the free memory that resident layers may take.
-const RESIDENT_SHARE: f64 = 0.6;
-
 impl Decoder {
     /// Opens a decoder for inference: resident if it fits in memory, else streamed layer by layer.
     pub fn open(checkpoint: &Checkpoint, compute: &Compute) -> Result<Self> {
-        let fits = Self::fits(checkpoint, compute);
+        let resident = compute.native() || !compute.device.is_cpu() || {
+            let needed = checkpoint.parameters() as usize * compute.dtype.size_in_bytes();
+            needed <= compute.memory.share(3, 4)
+        };
         Self::with_layers(checkpoint, compute, |index| {
-            Ok(if fits {
+            Ok(if resident {
                 Stored::Resident(Box::new(Layer::load(checkpoint, index, compute)?))
             } else {
                 Stored::OnDisk
             })
         })
-    }
-
-    /// Whether all layers fit in memory together.
-    pub fn fits(checkpoint: &Checkpoint, compute: &Compute) -> bool {
-        let needed = checkpoint.parameters() as f64 * compute.dtype.size_in_bytes() as f64;
-        compute.native()
-            || !compute.device.is_cpu()
-            || available_memory_bytes().is_none_or(|free| needed < free * RESIDENT_SHARE)
     }
 
     /// Sends a few tokens through the checkpoint called `name`: it must give numbers.
@@ -85,7 +88,7 @@ impl Decoder {
         let config = self.config();
         let len = PROOF_TOKENS.min(config.max_position_embeddings);
         let tokens: Vec<u32> = (0..len).map(|i| (i * 7919 % config.vocab_size) as u32).collect();
-        let x = self.forward(&pad(&[&tokens], &self.compute)?)?.flatten_to(1)?;
+        let x = self.forward(&Batch::of(&[&tokens]))?;
         let sum = self.logits(&x)?.sum_all()?.to_scalar::<f32>()?;
         if sum.is_finite() {
             return Ok(());
@@ -96,14 +99,27 @@ impl Decoder {
         )))
     }
 
-    /// Opens a decoder whose linear layers have the values that `bits` bits leave them, and are kept so.
+    /// Opens a decoder whose linear layers have the values that `bits` bits leave them, and are kept so: in
+    /// memory if they fit, else in a file.
     pub fn open_frozen(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Result<Self> {
+        let mut room = compute.memory.share(1, 2) as u64;
+        let each = checkpoint.layer_bytes() / 16 * u64::from(u8::from(bits));
         Self::with_layers(checkpoint, compute, |index| {
             let layer = match bits {
                 BaseBits::Sixteen if compute.native() => Layer::load(checkpoint, index, compute)?,
                 BaseBits::Sixteen => return Ok(Stored::OnDisk),
                 BaseBits::Four | BaseBits::Eight => Layer::quantised(checkpoint, index, bits, compute)?,
             };
+            if bits == BaseBits::Sixteen {
+                return Ok(Stored::Resident(Box::new(layer)));
+            }
+            checkpoint.release_layer(index);
+            if room < each && compute.native() {
+                let (layer, map) = layer.spilled(&compute.memory)?;
+                map.release(0..map.len());
+                return Ok(Stored::Spilled(Box::new(layer), map));
+            }
+            room = room.saturating_sub(each);
             Ok(Stored::Resident(Box::new(layer)))
         })
     }
@@ -115,6 +131,9 @@ impl Decoder {
     ) -> Result<Self> {
         let config = checkpoint.config();
         let names = config.family.names;
+        if compute.device.is_cpu() {
+            compute.memory.check(checkpoint.layer_bytes())?;
+        }
         let read = |name: String| checkpoint.tensor(&name, compute.dtype, &compute.device);
         let embedding = Weight::load_vocabulary(checkpoint, &config.embedding(), compute)?;
         let head = if config.tied {
@@ -130,6 +149,7 @@ impl Decoder {
             head_bias: head_bias.transpose()?,
             final_norm: Norm::load(checkpoint, &format!("{}{}", config.base, names.final_norm), compute)?,
             layers: (0..config.layer_count).map(&mut store).collect::<Result<_>>()?,
+            streamed: checkpoint.size_bytes() > compute.memory.share(1, 2) as u64,
             checkpoint: checkpoint.clone(),
             compute: compute.clone(),
         })
@@ -146,66 +166,152 @@ impl Decoder {
     /// Layer `index`, its weights ready to use. Dropping it frees them unless they are resident.
     pub fn layer(&self, index: usize) -> Result<Layer> {
         match &self.layers[index] {
-            Stored::Resident(layer) => Ok(Layer::clone(layer)),
+            Stored::Resident(layer) | Stored::Spilled(layer, _) => Ok(Layer::clone(layer)),
             Stored::OnDisk => Layer::load(&self.checkpoint, index, &self.compute),
         }
     }
 
-    /// Memory that a training step may keep activations in, instead of computing them again.
+    /// Whether the weights are too many for the memory, so that each layer is read when its turn comes.
+    pub fn streamed(&self) -> bool {
+        self.streamed
+    }
+
+    /// Has a layer's weights read from the disk while other things are done.
+    pub fn read_ahead(&self, index: usize) {
+        match self.layers.get(index) {
+            None => {}
+            Some(Stored::Spilled(_, map)) => map.read_ahead(0..map.len()),
+            Some(Stored::Resident(_) | Stored::OnDisk) if self.streamed => self.checkpoint.read_ahead(index),
+            Some(Stored::Resident(_) | Stored::OnDisk) => {}
+        }
+    }
+
+    /// Lets go of a layer's weights for now, where they do not stay in memory.
+    pub fn release(&self, index: usize) {
+        match &self.layers[index] {
+            Stored::Spilled(_, map) => map.release(0..map.len()),
+            Stored::Resident(_) | Stored::OnDisk if self.streamed => self.checkpoint.release_layer(index),
+            Stored::Resident(_) | Stored::OnDisk => {}
+        }
+    }
+
+    /// The same for the embedding and the head.
+    fn release_vocabulary(&self) {
+        if self.streamed {
+            let config = self.config();
+            self.checkpoint.release(&config.embedding());
+            self.checkpoint.release(&format!("{}.weight", config.family.names.head));
+        }
+    }
+
+    /// Memory that a training step may keep activations in, instead of computing them again: a third of a
+    /// step's time is worth memory that nobody uses, but not much of it.
     pub fn room_bytes(&self) -> usize {
-        available_memory_bytes().map_or(0, |free| (free * KEPT_SHARE) as usize)
+        self.compute.memory.share(1, 16)
     }
 
-    /// Positions and masks for tokens at `start..start + len`.
-    pub fn pass(&self, start: usize, len: usize) -> Result<Pass> {
-        Pass::new(self.config(), start, len, self.compute.dtype, &self.compute.device)
+    /// Rows that go through a layer at once: as many as make good use of it, fewer where what it computes
+    /// would take too much memory.
+    pub fn rows_at_once(&self) -> usize {
+        let config = self.config();
+        let widths =
+            8 * config.hidden_size + 4 * config.intermediate_size + 2 * config.head_count * config.head_dim;
+        (self.compute.memory.share(1, 8) / (widths * size_of::<f32>())).clamp(LEAST_ROWS, MOST_ROWS)
     }
 
-    /// Token ids `[b, t]` to the stream entering layer 0, `[b, t, h]`.
-    pub fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
-        self.embed_from(0, tokens)
+    /// Positions and texts of the rows of `batch`.
+    pub fn pass(&self, batch: &Batch) -> Pass {
+        self.pass_from(0, batch)
     }
 
-    /// The same for tokens at positions `start..`.
-    fn embed_from(&self, start: usize, tokens: &Tensor) -> Result<Tensor> {
-        let (b, t) = tokens.dims2()?;
-        let mut x = self.embedding.rows(&tokens.flatten_all()?, self.compute.dtype)?.reshape((b, t, ()))?;
+    /// The same for texts of which a cache holds the first `cached` tokens.
+    fn pass_from(&self, cached: usize, batch: &Batch) -> Pass {
+        Pass::new(self.config(), batch, cached, self.compute.dtype, &self.compute.device)
+    }
+
+    /// The stream entering layer 0, `[rows, h]`.
+    pub fn embed(&self, batch: &Batch) -> Result<Tensor> {
+        self.embed_from(0, batch)
+    }
+
+    /// The same for texts of which the first `cached` tokens were read before.
+    fn embed_from(&self, cached: usize, batch: &Batch) -> Result<Tensor> {
+        let mut x = self.embedding.rows(&batch.tokens, self.compute.dtype, &self.compute.device)?;
         if self.config().embedding_scale != 1.0 {
             x = (x * self.config().embedding_scale)?;
         }
         if let Some(positions) = &self.positions {
             let most = positions.dim(0)?;
-            if start + t > most {
+            let of = |text: &Sequence| cached + text.past()..cached + text.past() + text.queries.len();
+            let places: Vec<u32> = batch.sequences.iter().flat_map(of).map(|place| place as u32).collect();
+            if let Some(last) = places.iter().find(|place| **place as usize >= most) {
                 return Err(Error::spec(format!(
-                    "a text of {} tokens, but the model has learned {most} positions",
-                    start + t
+                    "a text of {} tokens or more, but the model has learned {most} positions",
+                    last + 1
                 )));
             }
-            x = x.broadcast_add(&positions.narrow(0, start, t)?)?;
+            x = (x + positions.index_select(&Tensor::new(places, &self.compute.device)?, 0)?)?;
         }
         Ok(x)
     }
 
-    /// Runs layers `range` on the stream `x [b, t, h]`; `visit(l, stream)` sees the stream entering
+    /// Runs layers `range` on the stream `x [rows, h]`; `visit(l, stream)` sees the stream entering
     /// layer `l` for each seam `l` behind a layer run: `range.start + 1 ..= range.end`.
     pub fn layers(
         &self,
         x: Tensor,
+        pass: &Pass,
         range: Range<usize>,
         mut visit: impl FnMut(usize, &Tensor) -> Result<()>,
     ) -> Result<Tensor> {
-        let pass = self.pass(0, x.dim(1)?)?;
         let mut x = x;
         for index in range {
-            x = self.layer(index)?.forward(&x, &pass, None)?;
+            self.read_ahead(index + 1);
+            x = self.layer(index)?.forward(&x, pass, None)?;
+            self.release(index);
             visit(index + 1, &x)?;
         }
         Ok(x)
     }
 
-    /// Token ids `[b, t]` to the stream leaving the last layer, `[b, t, h]`, before the final norm.
-    pub fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
-        self.layers(self.embed(tokens)?, 0..self.config().layer_count, |_, _| Ok(()))
+    /// Takes the streams of many batches through `layers`, all of them through one before the next, so that
+    /// each layer's weights are read once. `visit(layer, batch, stream)` sees what leaves each layer.
+    pub fn carry(
+        &self,
+        streams: &mut Streams,
+        passes: &[Pass],
+        layers: &[usize],
+        mut visit: impl FnMut(usize, usize, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        for (i, index) in layers.iter().enumerate() {
+            let layer = self.layer(*index)?;
+            if let Some(next) = layers.get(i + 1) {
+                self.read_ahead(*next);
+            }
+            for (batch, pass) in passes.iter().enumerate() {
+                let x = layer.forward(&streams.get(batch)?, pass, None)?;
+                visit(*index, batch, &x)?;
+                streams.set(batch, &x)?;
+            }
+            self.release(*index);
+        }
+        Ok(())
+    }
+
+    /// The streams of `batches` entering layer 0.
+    pub fn streams(&self, batches: &[Batch]) -> Result<Streams> {
+        let rows = batches.iter().map(|batch| batch.tokens.len());
+        let mut streams = Streams::new(rows, self.config().hidden_size, &self.compute)?;
+        for (i, batch) in batches.iter().enumerate() {
+            streams.set(i, &self.embed(batch)?)?;
+        }
+        self.release_vocabulary();
+        Ok(streams)
+    }
+
+    /// The stream leaving the last layer, `[rows, h]`, before the final norm.
+    pub fn forward(&self, batch: &Batch) -> Result<Tensor> {
+        self.layers(self.embed(batch)?, &self.pass(batch), 0..self.config().layer_count, |_, _| Ok(()))
     }
 
     /// An empty cache for `batch` sequences of at most `capacity` tokens.
@@ -223,15 +329,16 @@ impl Decoder {
         cache.len
     }
 
-    /// The next tokens `[b, t]` of sequences whose past is in `cache`; the stream as [`Self::forward`].
-    pub fn step(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
-        let t = tokens.dim(1)?;
-        let pass = self.pass(cache.len, t)?;
-        let mut x = self.embed_from(cache.len, tokens)?;
+    /// The stream for the next tokens of texts, all of one length, whose past is in `cache`, as [`Self::forward`].
+    pub fn step(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
+        let pass = self.pass_from(cache.len, batch);
+        let mut x = self.embed_from(cache.len, batch)?;
         for (index, cache) in cache.layers.iter_mut().enumerate() {
+            self.read_ahead(index + 1);
             x = self.layer(index)?.forward(&x, &pass, Some(cache))?;
+            self.release(index);
         }
-        cache.len += t;
+        cache.len += batch.width();
         Ok(x)
     }
 
@@ -254,6 +361,76 @@ impl Decoder {
             Some(cap) => ops::soft_cap(&logits, cap)?,
             None => logits,
         })
+    }
+
+    /// How likely `targets[i]` is after the stream `x[i]`, for `x [n, h]` as [`Self::forward`] gives it.
+    pub fn likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
+        let out = match self.head.frozen() {
+            Some(head) => self.likelihoods_native(head, x, targets)?,
+            None => self.likelihoods_candle(x, targets)?,
+        };
+        self.release_vocabulary();
+        Ok(out)
+    }
+
+    fn likelihoods_candle(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
+        let mut out = Vec::with_capacity(targets.len());
+        for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
+            let logits = self.logits(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
+            let vocab = logits.dim(1)?;
+            let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+            let rows = logits.par_chunks(vocab).zip(targets);
+            out.par_extend(rows.map(|(row, id)| {
+                let mut odds = Odds::of(*id as usize);
+                odds.add(row, 0);
+                odds.likelihood()
+            }));
+        }
+        Ok(out)
+    }
+
+    /// A block of the vocabulary at a time, so that logits never leave the cache.
+    fn likelihoods_native(&self, head: &Frozen, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
+        let (n, h) = x.dims2()?;
+        let config = self.config();
+        let (scale, cap) = (config.logit_scale as f32, config.final_cap.map(|cap| cap as f32));
+        let norm = self.final_norm.native()?;
+        let bias = self.head_bias.as_ref().map(floats).transpose()?;
+        let mut all: Vec<Odds> = targets.iter().map(|id| Odds::of(*id as usize)).collect();
+        with(x, |x| {
+            for (chunk, odds) in all.chunks_mut(LIKELIHOOD_ROWS).enumerate() {
+                let x = &x[chunk * LIKELIHOOD_ROWS * h..];
+                let normed = Left::from_rows(odds.len(), h, head.rounding, |i, out| {
+                    norm.row(&x[i * h..(i + 1) * h], out);
+                });
+                for first in (0..head.matrix.rows).step_by(VOCABULARY_BLOCK) {
+                    let block = first..(first + VOCABULARY_BLOCK).min(head.matrix.rows);
+                    let width = block.len();
+                    let mut logits = product(&normed, &head.matrix.part(block.clone()), Side::Rows);
+                    logits.par_chunks_mut(width).zip(&mut *odds).for_each(|(logits, odds)| {
+                        if let Some(bias) = &bias {
+                            rows::add_scaled(logits, 1.0, &bias[block.clone()]);
+                        }
+                        rows::finish_logits(logits, scale, cap);
+                        odds.add(logits, first);
+                    });
+                }
+            }
+        })?;
+        debug_assert_eq!(all.len(), n);
+        Ok(all.iter().map(Odds::likelihood).collect())
+    }
+
+    /// Texts in one batch, and the rows of each. They share what they begin with, unless the model turns long
+    /// texts otherwise than short ones.
+    pub fn pack(&self, texts: &[&[u32]]) -> (Batch, Vec<Rows>) {
+        let lengths = texts.iter().map(|text| text.len());
+        let (least, most) = (lengths.clone().min().unwrap_or(0), lengths.max().unwrap_or(0));
+        if self.config().ropes.iter().any(|rope| rope.changes(least, most)) {
+            Batch::apart(texts)
+        } else {
+            Batch::sharing(texts)
+        }
     }
 
     /// Negative log-likelihood of `targets[i]` after the stream `x[i]`, in nats, for `x [n, h]` as
@@ -321,25 +498,4 @@ impl Decoder {
         })?;
         Ok((nll, Tensor::from_vec(dx, (n, h), &self.compute.device)?))
     }
-}
-
-/// Sequences of token ids, right-padded with 0 to one `[b, t]` tensor. Attention
-/// is causal, so what stands behind a sequence's end changes nothing before it.
-pub fn pad(sequences: &[&[u32]], compute: &Compute) -> Result<Tensor> {
-    let t = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
-    if t == 0 {
-        return Err(Error::bug("an empty batch"));
-    }
-    let mut ids = vec![0; sequences.len() * t];
-    for (row, sequence) in ids.chunks_mut(t).zip(sequences) {
-        row[..sequence.len()].copy_from_slice(sequence);
-    }
-    Ok(Tensor::from_vec(ids, (sequences.len(), t), &compute.device)?)
-}
-
-/// `MemAvailable` of Linux; none where it cannot be read.
-fn available_memory_bytes() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kib| kib * 1024.0)
 }

@@ -4,8 +4,9 @@ use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use rayon::prelude::*;
 
+use super::batch::Batch;
 use super::cache::KvCache;
-use super::decoder::{Decoder, pad};
+use super::decoder::Decoder;
 use super::lora::stream_key;
 use crate::engine::{Cx, Error, Result};
 
@@ -104,9 +105,10 @@ fn next_tokens(
     cache: &mut KvCache,
     samplers: &mut [LogitsProcessor],
 ) -> Result<Vec<u32>> {
-    let tokens = pad(unread, decoder.compute())?;
-    let last = tokens.dim(1)? - 1;
-    let logits = decoder.logits(&decoder.step(&tokens, cache)?.narrow(1, last, 1)?.squeeze(1)?)?;
+    let batch = Batch::of(unread);
+    let last: Vec<u32> = batch.sequences.iter().map(|text| text.queries.end as u32 - 1).collect();
+    let x = decoder.step(&batch, cache)?;
+    let logits = decoder.logits(&x.index_select(&Tensor::new(last, x.device())?, 0)?)?;
     let rows: Vec<Tensor> = (0..unread.len()).map(|i| logits.get(i)).collect::<candle_core::Result<_>>()?;
     let sampled: Vec<candle_core::Result<u32>> =
         samplers.par_iter_mut().zip(rows.par_iter()).map(|(sampler, row)| sampler.sample(row)).collect();

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
+use super::kernel::rows::add_scaled;
 use crate::engine::Result;
 
 /// The trained part of one linear layer. Its tensors are plain values, or the
@@ -55,10 +56,34 @@ impl Adapter {
         (x.matmul(&self.a.t()?)? * self.scale)?.matmul(&self.b.t()?)
     }
 
-    /// `weight + scale · B A`, in float32, for a weight `[outputs, inputs]`.
-    pub fn merge(&self, weight: &Tensor) -> candle_core::Result<Tensor> {
-        let delta = (self.b.matmul(&self.a)? * self.scale)?;
-        weight.to_dtype(DType::F32)? + delta
+    /// Adds `scale · B A` to a weight `[outputs, inputs]`, or `[inputs, outputs]` when it is turned.
+    ///
+    /// # Errors
+    /// When the weight is of another shape.
+    pub fn merge(&self, weight: &mut [f32], turned: bool) -> candle_core::Result<()> {
+        let (rank, inputs) = self.a.dims2()?;
+        let outputs = self.b.dim(0)?;
+        if weight.len() != outputs * inputs {
+            candle_core::bail!(
+                "{} weights for an adapter of {outputs} x {inputs}. This is a bug.",
+                weight.len()
+            )
+        }
+        // A row of the result is the sum of the rows of one factor, each times a value of the other.
+        let (each, rows) = if turned {
+            (self.a.t()?.flatten_all()?.to_vec1::<f32>()?, self.b.t()?.flatten_all()?.to_vec1::<f32>()?)
+        } else {
+            (self.b.flatten_all()?.to_vec1()?, self.a.flatten_all()?.to_vec1()?)
+        };
+        let width = if turned { outputs } else { inputs };
+        weight.par_chunks_mut(width).zip(each.par_chunks(rank)).for_each(|(weight, each)| {
+            let mut delta = vec![0.0; width];
+            for (factor, row) in each.iter().zip(rows.chunks(width)) {
+                add_scaled(&mut delta, *factor, row);
+            }
+            add_scaled(weight, self.scale as f32, &delta);
+        });
+        Ok(())
     }
 
     pub fn parameters(&self) -> usize {

@@ -1,21 +1,27 @@
 //! The decoder and its files: one decoder for every family, looped over layers.
 
+pub mod batch;
 pub mod cache;
 pub mod checkpoint;
+pub mod cuts;
 pub mod decoder;
 pub mod generate;
 pub mod kernel;
 pub mod layer;
 pub mod lora;
+pub mod memory;
 pub mod ops;
+pub mod streams;
 pub mod weight;
 
 use candle_core::{DType, Device};
 
 pub use crate::checkpoint::Config;
+pub use batch::Batch;
 pub use checkpoint::Checkpoint;
-pub use decoder::{Decoder, pad};
+pub use decoder::Decoder;
 pub use kernel::Rounding;
+pub use memory::Memory;
 pub use weight::Weight;
 
 /// Where and how exactly to compute.
@@ -26,6 +32,8 @@ pub struct Compute {
     pub dtype: DType,
     /// How products with frozen weights round on a processor that multiplies bfloat16; not at all without.
     pub rounding: Option<Rounding>,
+    /// Changes no result.
+    pub memory: Memory,
 }
 
 impl Compute {
@@ -33,7 +41,7 @@ impl Compute {
     /// multiplies bfloat16.
     pub fn cpu(rounding: Option<Rounding>) -> Self {
         let rounding = rounding.filter(|_| kernel::enabled() && kernel::path() >= kernel::Path::Bf16);
-        Self { device: Device::Cpu, dtype: DType::F32, rounding }
+        Self { device: Device::Cpu, dtype: DType::F32, rounding, memory: Memory::default() }
     }
 
     /// Whether our own kernels compute: then weights stay as they are stored.

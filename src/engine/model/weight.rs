@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Storage, Tensor};
 
@@ -94,11 +95,10 @@ impl Weight {
     }
 
     /// Its rows `ids`, `[n, inputs]`.
-    pub fn rows(&self, ids: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    pub fn rows(&self, ids: &[u32], dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         match self {
-            Self::Dense(weight) => weight.embedding(ids)?.to_dtype(dtype),
+            Self::Dense(weight) => weight.embedding(&Tensor::new(ids, device)?)?.to_dtype(dtype),
             Self::Frozen(frozen) => {
-                let ids: Vec<u32> = ids.to_vec1()?;
                 let columns = frozen.matrix.columns;
                 let mut out = vec![0f32; ids.len() * columns];
                 for (id, out) in ids.iter().zip(out.chunks_mut(columns)) {
@@ -129,6 +129,21 @@ impl Weight {
             weight => weight.clone(),
         };
         x.contiguous()?.apply_op1(Product { weight, back })
+    }
+
+    /// What a quantised matrix mostly is: the codes of its values.
+    pub fn codes(&self) -> Option<&Bytes> {
+        self.frozen().and_then(|frozen| frozen.matrix.codes())
+    }
+
+    /// The same matrix with its codes kept elsewhere.
+    pub fn with_codes(&self, codes: Bytes) -> Self {
+        match self {
+            Self::Dense(_) => self.clone(),
+            Self::Frozen(frozen) => {
+                Self::Frozen(Arc::new(Frozen { matrix: frozen.matrix.with_codes(codes), ..**frozen }))
+            }
+        }
     }
 
     /// Where our own kernels can take it.

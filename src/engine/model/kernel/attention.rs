@@ -28,13 +28,37 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// A sequence: its queries' rows, its keys' rows, and how many of the keys stand before the first query.
-#[derive(Debug, Clone, Copy)]
+/// Rows that follow one another in a text.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sequence {
-    pub first_query: usize,
-    pub queries: usize,
-    pub first_key: usize,
-    pub past: usize,
+    /// Rows of its queries.
+    pub queries: Range<usize>,
+    /// Rows of the keys of its text up to the last query, in the order of the text: first those before the
+    /// queries, which other sequences may share, then its own.
+    pub keys: Vec<Range<usize>>,
+}
+
+impl Sequence {
+    /// A text that begins and ends with these rows.
+    pub fn alone(rows: Range<usize>) -> Self {
+        Self { keys: vec![rows.clone()], queries: rows }
+    }
+
+    /// Keys before the first query.
+    pub fn past(&self) -> usize {
+        self.keys.iter().map(ExactSizeIterator::len).sum::<usize>() - self.queries.len()
+    }
+
+    /// Rows of keys `seen`, counted from the beginning of the text.
+    fn key_rows(&self, seen: Range<usize>) -> impl Iterator<Item = usize> {
+        let mut first = 0;
+        self.keys.iter().flat_map(move |rows| {
+            let within = |key: usize| rows.start + key.clamp(first, first + rows.len()) - first;
+            let part = within(seen.start)..within(seen.end);
+            first += rows.len();
+            part
+        })
+    }
 }
 
 /// Causal attention of grouped heads.
@@ -61,12 +85,12 @@ impl Attention<'_> {
         let mut tasks = Vec::new();
         for (i, sequence) in self.sequences.iter().enumerate() {
             for head in 0..self.kv_heads {
-                let starts = (0..sequence.queries).step_by(QUERIES);
-                tasks.extend(starts.map(|q| (i, head, q..(q + QUERIES).min(sequence.queries))));
+                let starts = (0..sequence.queries.len()).step_by(QUERIES);
+                tasks.extend(starts.map(|q| (i, head, q..(q + QUERIES).min(sequence.queries.len()))));
             }
         }
         tasks.into_par_iter().for_each(|(i, kv_head, queries)| {
-            let sequence = self.sequences[i];
+            let sequence = &self.sequences[i];
             if queries.len() <= 2 {
                 self.gather_few(sequence, kv_head, queries, &out, &log_sums);
             } else {
@@ -76,14 +100,14 @@ impl Attention<'_> {
     }
 
     /// Keys that a query sees, counted from the first key of the sequence.
-    fn seen(&self, sequence: Sequence, query: usize) -> Range<usize> {
-        let end = sequence.past + query + 1;
+    fn seen(&self, sequence: &Sequence, query: usize) -> Range<usize> {
+        let end = sequence.past() + query + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
     fn gather(
         &self,
-        sequence: Sequence,
+        sequence: &Sequence,
         kv_head: usize,
         queries: Range<usize>,
         out: &Shared,
@@ -91,9 +115,10 @@ impl Attention<'_> {
     ) {
         let d = self.dim;
         let first = self.seen(sequence, queries.start).start;
-        let keys = sequence.past + queries.end - first;
-        let key = |i: usize| self.k.at(sequence.first_key + first + i, kv_head, d);
-        let value = |i: usize| self.v.at(sequence.first_key + first + i, kv_head, d);
+        let rows: Vec<usize> = sequence.key_rows(first..sequence.past() + queries.end).collect();
+        let keys = rows.len();
+        let key = |i: usize| self.k.at(rows[i], kv_head, d);
+        let value = |i: usize| self.v.at(rows[i], kv_head, d);
         let mut turned_keys = Buffer::of_lines(keys.div_ceil(16) * d);
         turned_strips_of(key, keys, d, turned_keys.lines_mut());
         let mut values = Buffer::of_lines(d.div_ceil(16) * keys);
@@ -112,7 +137,7 @@ impl Attention<'_> {
                 let strips = end.div_ceil(16);
                 self.scores(
                     self.q,
-                    sequence.first_query + start,
+                    sequence.queries.start + start,
                     head,
                     count,
                     strips,
@@ -125,12 +150,12 @@ impl Attention<'_> {
                     let row = &mut scores[i * width..i * width + strips * 16];
                     let (sum, most) = rows::shares(row, seen(i), self.scoring);
                     *share = 1.0 / sum;
-                    let at = (sequence.first_query + start + i) * self.heads + head;
+                    let at = (sequence.queries.start + start + i) * self.heads + head;
                     log_sums.slice(at, 1)[0] = most + sum.ln();
                 }
                 let left = Rows { words: words(&scores), row: width, step: 1 };
                 each_panel(left, values.lines(), keys, end, count, d, |i, columns, sums| {
-                    let row = (sequence.first_query + start + i) * self.heads + head;
+                    let row = (sequence.queries.start + start + i) * self.heads + head;
                     for (out, sum) in out.slice(row * d + columns.start, columns.len()).iter_mut().zip(sums) {
                         *out = sum * share[i];
                     }
@@ -142,7 +167,7 @@ impl Attention<'_> {
     /// For one or two queries the keys and values are read as they lie.
     fn gather_few(
         &self,
-        sequence: Sequence,
+        sequence: &Sequence,
         kv_head: usize,
         queries: Range<usize>,
         out: &Shared,
@@ -154,17 +179,17 @@ impl Attention<'_> {
             let seen = self.seen(sequence, query);
             let mut scores = Buffer::new(seen.len());
             for head in kv_head * group..(kv_head + 1) * group {
-                let q = self.q.at(sequence.first_query + query, head, d);
-                for (score, i) in scores.iter_mut().zip(seen.clone()) {
-                    *score = rows::product(q, self.k.at(sequence.first_key + i, kv_head, d));
+                let q = self.q.at(sequence.queries.start + query, head, d);
+                for (score, row) in scores.iter_mut().zip(sequence.key_rows(seen.clone())) {
+                    *score = rows::product(q, self.k.at(row, kv_head, d));
                 }
                 let (sum, most) = rows::shares(&mut scores, 0..seen.len(), self.scoring);
-                let row = (sequence.first_query + query) * self.heads + head;
+                let row = (sequence.queries.start + query) * self.heads + head;
                 log_sums.slice(row, 1)[0] = most + sum.ln();
                 let out = out.slice(row * d, d);
                 out.fill(0.0);
-                for (share, i) in scores.iter().zip(seen.clone()) {
-                    rows::add_scaled(out, share / sum, self.v.at(sequence.first_key + i, kv_head, d));
+                for (share, row) in scores.iter().zip(sequence.key_rows(seen.clone())) {
+                    rows::add_scaled(out, share / sum, self.v.at(row, kv_head, d));
                 }
             }
         }
@@ -196,27 +221,28 @@ impl Attention<'_> {
         let gradients = Shared::new(gradients);
         let heads = self.kv_heads;
         (0..self.sequences.len() * heads).into_par_iter().for_each(|task| {
-            self.scatter(self.sequences[task / heads], task % heads, (out, log_sums, d_out), &gradients);
+            self.scatter(&self.sequences[task / heads], task % heads, (out, log_sums, d_out), &gradients);
         });
     }
 
     #[allow(clippy::too_many_lines)]
     fn scatter(
         &self,
-        sequence: Sequence,
+        sequence: &Sequence,
         kv_head: usize,
         (out, log_sums, d_out): (&[f32], &[f32], &[f32]),
         gradients: &Shared,
     ) {
-        let (d, keys, base) = (self.dim, sequence.queries, sequence.first_query);
+        assert_eq!(sequence.past(), 0, "a backward pass over a shared past. This is a bug.");
+        let (d, keys, base) = (self.dim, sequence.queries.len(), sequence.queries.start);
         let d_out = Heads { values: d_out, start: 0, row: self.heads * d, head: d };
         let out = Heads { values: out, ..d_out };
         let across = d.div_ceil(16);
-        let key = |i: usize| self.k.at(sequence.first_key + i, kv_head, d);
+        let key = |i: usize| self.k.at(base + i, kv_head, d);
         let mut turned_keys = Buffer::of_lines(keys.div_ceil(16) * d);
         turned_strips_of(key, keys, d, turned_keys.lines_mut());
         let mut turned_values = Buffer::of_lines(keys.div_ceil(16) * d);
-        let value = |i: usize| self.v.at(sequence.first_key + i, kv_head, d);
+        let value = |i: usize| self.v.at(base + i, kv_head, d);
         turned_strips_of(value, keys, d, turned_values.lines_mut());
         let mut straight_keys = Buffer::of_lines(across * keys);
         strips_of(key, keys, d, straight_keys.lines_mut());
@@ -277,7 +303,7 @@ impl Attention<'_> {
         }
         for (from, to) in [(&d_keys, self.k), (&d_values, self.v)] {
             for i in 0..keys {
-                let at = to.start + (sequence.first_key + i) * to.row + kv_head * to.head;
+                let at = to.start + (base + i) * to.row + kv_head * to.head;
                 gradients.slice(at, d).copy_from_slice(&from[i * padded..i * padded + d]);
             }
         }

@@ -18,15 +18,17 @@ pub struct Buffer {
 }
 
 /// Buffers that were dropped, by their size class.
-static POOL: Mutex<Pool> = Mutex::new(Pool { free: BTreeMap::new(), lines: 0 });
+static POOL: Mutex<Pool> = Mutex::new(Pool { free: BTreeMap::new(), lines: 0, most: MOST_LINES });
 
 struct Pool {
     free: BTreeMap<usize, Vec<Vec<Line>>>,
     /// In all of them.
     lines: usize,
+    /// What is kept at most.
+    most: usize,
 }
 
-/// What the pool keeps at most, in lines: a gigabyte would be missed elsewhere.
+/// What the pool keeps unless it is told to keep less, in lines: a gigabyte would be missed elsewhere.
 const MOST_LINES: usize = (256 << 20) / 64;
 
 impl Buffer {
@@ -73,6 +75,13 @@ fn class(lines: usize) -> usize {
     lines.div_ceil(step) * step
 }
 
+/// Keeps at most so many bytes from now on, and never more than there is use for.
+pub fn keep_at_most(bytes: usize) {
+    if let Ok(mut pool) = POOL.lock() {
+        pool.most = MOST_LINES.min(bytes / size_of::<Line>());
+    }
+}
+
 /// Gives all kept memory back to the allocator.
 pub fn clear() {
     if let Ok(mut pool) = POOL.lock() {
@@ -85,7 +94,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
         if let Ok(mut pool) = POOL.lock()
-            && pool.lines + lines.len() <= MOST_LINES
+            && pool.lines + lines.len() <= pool.most
         {
             pool.lines += lines.len();
             pool.free.entry(lines.len()).or_default().push(lines);

@@ -1,5 +1,7 @@
 //! Frozen matrices as they are stored, and how they are unpacked for products.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 
 use super::buffer::Line;
@@ -113,6 +115,44 @@ impl Matrix {
     pub fn int8(values: &[f32], rows: usize, columns: usize) -> Self {
         assert_eq!(values.len(), rows * columns, "a whole matrix. This is a bug.");
         Self { rows, columns, data: Data::Int8(Int8::pack(values)) }
+    }
+
+    /// What a quantised matrix mostly is: the codes of its values.
+    pub fn codes(&self) -> Option<&Bytes> {
+        match &self.data {
+            Data::Nf4(nf4) => Some(&nf4.codes),
+            Data::Int8(int8) => Some(&int8.codes),
+            Data::Bf16(_) | Data::F16(_) | Data::F32(_) => None,
+        }
+    }
+
+    /// The same matrix with its codes kept elsewhere.
+    #[must_use]
+    pub fn with_codes(&self, codes: Bytes) -> Self {
+        let data = match &self.data {
+            Data::Nf4(nf4) => Data::Nf4(Nf4 { codes, ..nf4.clone() }),
+            Data::Int8(int8) => Data::Int8(Int8 { codes, ..int8.clone() }),
+            data @ (Data::Bf16(_) | Data::F16(_) | Data::F32(_)) => data.clone(),
+        };
+        Self { data, ..*self }
+    }
+
+    /// Its rows `range` alone, of a matrix that is stored by rows.
+    ///
+    /// # Panics
+    /// When they are outside, or the matrix is quantised.
+    #[must_use]
+    pub fn part(&self, range: Range<usize>) -> Self {
+        let part = |bytes: &Bytes, size: usize| {
+            bytes.slice(range.start * self.columns * size..range.end * self.columns * size)
+        };
+        let data = match &self.data {
+            Data::Bf16(bytes) => Data::Bf16(part(bytes, 2)),
+            Data::F16(bytes) => Data::F16(part(bytes, 2)),
+            Data::F32(bytes) => Data::F32(part(bytes, 4)),
+            Data::Nf4(_) | Data::Int8(_) => unreachable!("a part of a quantised matrix. This is a bug."),
+        };
+        Self { rows: range.len(), columns: self.columns, data }
     }
 
     /// Results of a product from this side.

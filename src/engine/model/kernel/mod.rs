@@ -13,6 +13,7 @@ pub mod buffer;
 mod decode;
 mod few;
 pub mod left;
+pub mod map;
 pub mod matrix;
 pub mod product;
 pub mod quant;

@@ -11,6 +11,7 @@ use std::arch::x86_64::{
 };
 use std::sync::{Arc, LazyLock};
 
+use bytes::Bytes;
 use rayon::prelude::*;
 
 use super::decode::Decode;
@@ -26,21 +27,22 @@ const SCALE_BLOCK: usize = 256;
 #[derive(Clone)]
 pub(super) struct Nf4 {
     /// Two weights a byte, the first in the high nibble.
-    codes: Arc<[u8]>,
-    scales: Arc<Scales>,
+    pub codes: Bytes,
+    pub scales: Arc<Scales>,
 }
 
 /// Eight bits a weight. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Int8 {
-    codes: Arc<[i8]>,
+    /// Signed.
+    pub codes: Bytes,
     /// What a code of 1 is worth, for each block.
-    scales: Arc<[f32]>,
+    pub scales: Arc<[f32]>,
 }
 
 /// The absolute maxima of all blocks, quantised themselves: 8-bit codes of
 /// their distance from the mean, one float32 scale for 256 of them.
-struct Scales {
+pub(super) struct Scales {
     codes: Vec<u8>,
     scales: Vec<f32>,
     mean: f32,
@@ -96,10 +98,10 @@ impl Int8 {
     pub fn pack(weights: &[f32]) -> Self {
         let maxima: Vec<f32> = weights.par_chunks(BLOCK).map(absolute_maximum).collect();
         let blocks = weights.par_chunks(BLOCK).zip(&maxima);
-        let codes: Vec<i8> = blocks
+        let codes: Vec<u8> = blocks
             .flat_map_iter(|(block, maximum)| {
                 let inverse = if *maximum > 0.0 { 127.0 / maximum } else { 0.0 };
-                block.iter().map(move |w| (w * inverse).round() as i8)
+                block.iter().map(move |w| ((w * inverse).round() as i8).cast_unsigned())
             })
             .collect();
         Self { codes: codes.into(), scales: maxima.iter().map(|m| m / 127.0).collect() }
@@ -110,7 +112,7 @@ impl Int8 {
 impl Decode for Int8 {
     #[inline(always)]
     fn value(&self, at: usize) -> f32 {
-        f32::from(self.codes[at]) * self.scales[at / BLOCK]
+        f32::from(self.codes[at].cast_signed()) * self.scales[at / BLOCK]
     }
 
     #[cfg(target_arch = "x86_64")]

@@ -33,14 +33,18 @@ macro_rules! vectorised {
 #[inline(always)]
 #[allow(clippy::inline_always)]
 fn exp(x: f32) -> f32 {
+    /// 1.5 · 2²³: what is added to it is rounded to a whole number, which stands in its lowest bits.
+    const ROUNDER: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.0);
-    let whole = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    let rounded = x * std::f32::consts::LOG2_E + ROUNDER;
+    let whole = rounded - ROUNDER;
     // ln 2 in two parts: the first one times a small whole number is exact.
     let r = x - whole * 0.693_359_4 + whole * 2.121_944_4e-4;
     let tail =
         1.666_666_5e-1 + r * (4.166_579_6e-2 + r * (8.333_452e-3 + r * (1.398_2e-3 + r * 1.987_569_1e-4)));
     let power = 1.0 + r + r * r * (0.5 + r * tail);
-    power * f32::from_bits(((whole as i32 + 127) as u32) << 23)
+    // The shift leaves of the rounder's own bits nothing.
+    power * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 #[inline(always)]
@@ -91,6 +95,14 @@ vectorised! {
     /// Sum of products.
     pub fn product(a: &[f32], b: &[f32]) -> f32 {
         dot(a, b)
+    }
+}
+
+vectorised! {
+    /// Sum of products in float64.
+    pub fn product_wide(a: &[f64], b: &[f64]) -> f64 {
+        let (a, b) = (&a[..a.len().min(b.len())], &b[..a.len().min(b.len())]);
+        lanes!(a.len(), 0f64, |i, sum| sum + a[i] * b[i], |a, b| a + b)
     }
 }
 
@@ -317,13 +329,27 @@ fn scaled(values: &mut [f32], scale: f32, cap: f32) {
 pub fn shares(scores: &mut [f32], seen: Range<usize>, scoring: Scoring) -> (f32, f32) {
     vectorised! {
         fn go(scores: &mut [f32], scale: f32, cap: f32) -> (f32, f32) {
-            scaled(scores, scale, cap);
+            let mut scale = scale;
+            if cap > 0.0 || scale <= 0.0 {
+                scaled(scores, scale, cap);
+                scale = 1.0;
+            }
             let larger = |a: f32, b: f32| if b > a { b } else { a };
             let most = lanes!(scores.len(), f32::NEG_INFINITY, |i, most| larger(most, scores[i]), |a, b| larger(a, b));
-            for score in scores.iter_mut() {
-                *score = exp(*score - most);
+            let most = most * scale;
+            let (whole, rest) = scores.as_chunks_mut::<16>();
+            let mut lanes = [0f32; 16];
+            for sixteen in whole {
+                for (score, sum) in sixteen.iter_mut().zip(&mut lanes) {
+                    *score = exp(*score * scale - most);
+                    *sum += *score;
+                }
             }
-            (lanes!(scores.len(), 0f32, |i, sum| sum + scores[i], |a, b| a + b), most)
+            for (score, sum) in rest.iter_mut().zip(&mut lanes) {
+                *score = exp(*score * scale - most);
+                *sum += *score;
+            }
+            (lanes.iter().sum(), most)
         }
     }
     scores[..seen.start].fill(0.0);
@@ -401,11 +427,45 @@ vectorised! {
     }
 }
 
-/// How likely `token` is by finished logits.
-pub fn likelihood(logits: &[f32], token: usize) -> Likelihood {
-    let (most, sum) = mass(logits);
-    let greedy = logits.iter().position(|logit| *logit >= most) == Some(token);
-    Likelihood { log_likelihood: f64::from(logits[token]) - f64::from(most) - sum.ln(), greedy }
+/// How likely a token is, found out from one block of the vocabulary after another.
+#[derive(Debug, Clone, Copy)]
+pub struct Odds {
+    token: usize,
+    /// The token's own logit.
+    own: f32,
+    /// The largest logit so far, and where it is first.
+    most: f32,
+    best: usize,
+    /// Sum of `exp(logit - most)`.
+    sum: f64,
+}
+
+impl Odds {
+    pub fn of(token: usize) -> Self {
+        Self { token, own: f32::NAN, most: f32::NEG_INFINITY, best: usize::MAX, sum: 0.0 }
+    }
+
+    /// Takes in the finished logits of tokens `first..`.
+    pub fn add(&mut self, logits: &[f32], first: usize) {
+        let (most, sum) = mass(logits);
+        if most > self.most {
+            self.sum = self.sum * f64::from(self.most - most).exp() + sum;
+            self.best = first + logits.iter().position(|logit| *logit >= most).unwrap_or(0);
+            self.most = most;
+        } else {
+            self.sum += sum * f64::from(most - self.most).exp();
+        }
+        if let Some(own) = self.token.checked_sub(first).and_then(|place| logits.get(place)) {
+            self.own = *own;
+        }
+    }
+
+    pub fn likelihood(&self) -> Likelihood {
+        Likelihood {
+            log_likelihood: f64::from(self.own) - f64::from(self.most) - self.sum.ln(),
+            greedy: self.best == self.token,
+        }
+    }
 }
 
 /// `-ln p(token)`, in nats; finished logits become `factor` times its gradient for the logits before they were
@@ -446,6 +506,29 @@ mod tests {
             assert!((f64::from(exp(x)) / want - 1.0).abs() < 3e-7, "{x}: {} {want}", exp(x));
         }
         assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(-1000.0) < 2e-38);
+    }
+
+    #[test]
+    fn odds_do_not_depend_on_the_blocks_they_come_in() {
+        let logits: Vec<f32> = (0..1000).map(|i| ((i * 37 % 1001) as f32 - 500.0) / 40.0).collect();
+        let sum: f64 = logits.iter().map(|v| f64::from(*v).exp()).sum();
+        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+        for block in [1000, 333, 16, 1] {
+            for token in [0, 17, best, 999] {
+                let mut odds = Odds::of(token);
+                for (i, part) in logits.chunks(block).enumerate() {
+                    odds.add(part, i * block);
+                }
+                let found = odds.likelihood();
+                assert!((found.log_likelihood - (f64::from(logits[token]) - sum.ln())).abs() < 1e-6);
+                assert_eq!(found.greedy, token == best);
+            }
+        }
+        // Of equal ones the first is meant.
+        let mut odds = Odds::of(2);
+        odds.add(&[1.0, 3.0], 0);
+        odds.add(&[3.0, 0.0], 2);
+        assert!(!odds.likelihood().greedy);
     }
 
     /// The slope of `f` at `x`, from the values around it.

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::native::{AttentionTrace, Inner, MlpTrace, Trace, bend, once, sequences};
+use super::native::{AttentionTrace, Inner, MlpTrace, Trace, bend, once};
 use super::{Layer, Linear, Norm, Pass, missing};
 use crate::checkpoint::Role;
 use crate::engine::model::kernel::Rounding;
@@ -36,17 +36,17 @@ impl Layer {
         upstream: &Tensor,
         wanted: bool,
     ) -> Result<(Option<Tensor>, Vec<AdapterGradient>)> {
-        let shape = x.dims3()?;
+        let (rows, h) = x.dims2()?;
         let (dx, gradients) = with(x, |x| {
             with(upstream, |upstream| {
                 let trace = match trace {
                     Some(trace) => trace,
-                    None => self.run(x, shape, pass, None, true)?,
+                    None => self.run(x, h, pass, None, true)?,
                 };
-                Back { layer: self, pass, shape, gradients: Vec::new() }.run(x, trace, upstream, wanted)
+                Back { layer: self, pass, h, gradients: Vec::new() }.run(x, trace, upstream, wanted)
             })
         })???;
-        let dx = dx.map(|dx| Tensor::from_vec(dx.to_vec(), shape, &Device::Cpu)).transpose()?;
+        let dx = dx.map(|dx| Tensor::from_vec(dx.to_vec(), (rows, h), &Device::Cpu)).transpose()?;
         Ok((dx, gradients))
     }
 }
@@ -55,7 +55,7 @@ impl Layer {
 struct Back<'a> {
     layer: &'a Layer,
     pass: &'a Pass,
-    shape: (usize, usize, usize),
+    h: usize,
     gradients: Vec<AdapterGradient>,
 }
 
@@ -87,7 +87,7 @@ impl Back<'_> {
         upstream: &[f32],
         wanted: bool,
     ) -> Result<(Option<Buffer>, Vec<AdapterGradient>)> {
-        let h = self.shape.2;
+        let h = self.h;
         let layer = self.layer;
         let parallel = layer.shape.parallel;
         let Trace { attention, middle, mlp, inside, .. } = trace;
@@ -115,7 +115,7 @@ impl Back<'_> {
         let MlpTrace { entering, mut inner, hidden, given } = trace;
         let d_given = self.unscaled(upstream, given.as_ref(), self.layer.mlp_out.as_ref())?;
         let values = d_given.as_deref().unwrap_or(upstream);
-        let d_given = Gradient { values, width: self.shape.2, first: 0 };
+        let d_given = Gradient { values, width: self.h, first: 0 };
         let d_hidden = self.through(&[(Role::Down, d_given)], &hidden, inside)?;
         let bend = bend(self.layer.shape.activation);
         inner.par_chunks_mut(wide).zip(d_hidden.par_chunks(width)).for_each(|(row, dy)| {
@@ -136,22 +136,21 @@ impl Back<'_> {
         inside: &[Option<Buffer>],
         wanted: bool,
     ) -> Result<Option<Buffer>> {
-        let (b, t, h) = self.shape;
+        let h = self.h;
         let (layer, s) = (self.layer, self.layer.shape);
         let d_given = self.unscaled(upstream, trace.given.as_ref(), layer.attention_out.as_ref())?;
         let d_given = Gradient { values: d_given.as_deref().unwrap_or(upstream), width: h, first: 0 };
         let d_gathered = self.through(&[(Role::Output, d_given)], &trace.output, inside)?;
         let places = layer.places();
         let mut d_qkv = Buffer::new(trace.qkv.len());
-        let sequences = sequences(b, t);
-        let attention = layer.attention(&trace.qkv, places, &sequences);
+        let attention = layer.attention(&trace.qkv, places, self.pass.sequences());
         attention.backward(&trace.gathered, &trace.log_sums, &d_gathered, &mut d_qkv);
         drop(d_gathered);
-        let angles = self.pass.angles(s.layer.rope)?;
+        let angles = self.pass.angles(s.layer.rope);
         let norms = layer.head_norms()?;
         d_qkv.par_chunks_mut(places.width).enumerate().for_each(|(i, row)| {
-            if let Some(angles) = &angles {
-                layer.rotate(row, places, angles.of(i % t), -1.0);
+            if let Some(angles) = angles {
+                layer.rotate(row, places, angles.row(i), -1.0);
             }
             if let Some(raw) = &trace.raw {
                 let raw = &raw[i * places.width..(i + 1) * places.width];
@@ -188,7 +187,7 @@ impl Back<'_> {
     /// The gradient before a branch was normed and scaled; nothing where it was neither.
     fn unscaled(&self, dy: &[f32], before: Option<&Buffer>, norm: Option<&Norm>) -> Result<Option<Buffer>> {
         let scale = self.layer.shape.residual_scale as f32;
-        let h = self.shape.2;
+        let h = self.h;
         let Some((before, norm)) = before.zip(norm) else {
             return Ok((scale != 1.0).then(|| {
                 let mut out = Buffer::zeros(dy.len());

@@ -4,19 +4,23 @@ mod back;
 mod candle;
 mod experts;
 mod native;
+mod pass;
+
+use std::os::unix::fs::FileExt;
 
 use candle_core::{DType, Tensor};
 
 pub use back::AdapterGradient;
-pub use candle::Pass;
 pub use native::Trace;
+pub use pass::Pass;
 
 use self::experts::Experts;
 use super::cache::LayerCache;
 use super::checkpoint::Checkpoint;
+use super::kernel::map::Map;
 use super::lora::Adapter;
 use super::weight::Weight;
-use super::{Compute, ops};
+use super::{Compute, Memory, ops};
 use crate::checkpoint::family::{Norm as NormKind, QkNorm, Qkv};
 use crate::checkpoint::{Activation, Config, LayerShape, Role};
 use crate::engine::{Error, Result};
@@ -112,6 +116,24 @@ impl Layer {
         })
     }
 
+    /// The same layer with the codes of its quantised weights in a file, of which the map is given.
+    pub fn spilled(mut self, memory: &Memory) -> Result<(Self, Map)> {
+        let file = memory.spill_file()?;
+        let mut places = Vec::new();
+        let mut end = 0;
+        for codes in self.linears.iter().map(|linear| linear.weight.codes()) {
+            let codes = codes.map_or(&[][..], |codes| codes);
+            file.write_all_at(codes, end as u64)?;
+            places.push(end..end + codes.len());
+            end += codes.len();
+        }
+        let map = Map::open(&file)?;
+        for (linear, place) in self.linears.iter_mut().zip(places) {
+            linear.weight = linear.weight.with_codes(map.bytes(place));
+        }
+        Ok((self, map))
+    }
+
     /// Reads norms and biases of layer `index`; `weight(i)` gives the weight of linear layer `i`.
     fn with_weights(
         checkpoint: &Checkpoint,
@@ -158,7 +180,7 @@ impl Layer {
         self
     }
 
-    /// The stream `[b, t, h]` leaving the layer, for the stream entering it: on our own kernels where they
+    /// The stream `[rows, h]` leaving the layer, for the stream entering it: on our own kernels where they
     /// cover the layer and no graph is wanted, else by candle.
     pub fn forward(
         &self,

@@ -94,20 +94,20 @@ impl Layer {
         self.native
     }
 
-    /// The stream `[b, t, h]` leaving the layer, for the stream entering it.
+    /// The stream `[rows, h]` leaving the layer, for the stream entering it.
     pub(super) fn forward_native(
         &self,
         x: &Tensor,
         pass: &Pass,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
-        let trace = with(x, |values| self.run(values, x.dims3()?, pass, cache, false))??;
+        let trace = with(x, |values| self.run(values, x.dim(1)?, pass, cache, false))??;
         Tensor::from_vec(trace.leaving, x.shape(), &Device::Cpu)
     }
 
     /// The same, with what the backward pass needs of it.
     pub fn forward_traced(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, Trace)> {
-        let mut trace = with(x, |values| self.run(values, x.dims3()?, pass, None, true))??;
+        let mut trace = with(x, |values| self.run(values, x.dim(1)?, pass, None, true))??;
         let leaving = Tensor::from_vec(std::mem::take(&mut trace.leaving), x.shape(), &Device::Cpu)?;
         Ok((leaving, trace))
     }
@@ -115,20 +115,20 @@ impl Layer {
     pub(super) fn run(
         &self,
         x: &[f32],
-        shape: (usize, usize, usize),
+        h: usize,
         pass: &Pass,
         cache: Option<&mut LayerCache>,
         keep: bool,
     ) -> Result<Trace> {
         let mut inside: Vec<Option<Buffer>> = self.linears.iter().map(|_| None).collect();
-        let mut middle = Buffer::from_slice(x);
-        let attention = self.attention_onto(&mut middle, x, shape, pass, cache, keep, &mut inside)?;
-        let mut leaving = middle.to_vec();
+        let mut leaving = x.to_vec();
+        let attention = self.attention_onto(&mut leaving, x, h, pass, cache, keep, &mut inside)?;
+        let middle = Buffer::from_slice(if keep { &leaving } else { &[] });
         let entering = match (self.shape.parallel, &self.mlp_in) {
             (true, None) => Arc::clone(&attention.read),
             (parallel, norm) => {
-                let read = if parallel { x } else { &middle };
-                Arc::new(normed(norm.as_ref(), read, shape.2, self.rounding())?)
+                let read = if parallel { x } else { &leaving };
+                Arc::new(normed(norm.as_ref(), read, h, self.rounding())?)
             }
         };
         let mlp = self.mlp_onto(&mut leaving, entering, &mut inside)?;
@@ -141,7 +141,7 @@ impl Layer {
         &self,
         stream: &mut [f32],
         x: &[f32],
-        (b, t, h): (usize, usize, usize),
+        h: usize,
         pass: &Pass,
         cache: Option<&mut LayerCache>,
         keep: bool,
@@ -150,28 +150,29 @@ impl Layer {
         let s = self.shape;
         let read = Arc::new(normed(self.attention_in.as_ref(), x, h, self.rounding())?);
         let places = self.places();
-        let mut qkv = Buffer::new(b * t * places.width);
+        let rows = read.rows;
+        let mut qkv = Buffer::new(rows * places.width);
         let roles = [Role::Query, Role::Key, Role::Value, Role::QueryKeyValue];
         self.side_by_side(&roles, &read, &mut qkv, places.width, inside)?;
         let norms = self.head_norms()?;
         let raw = (keep && norms.iter().any(Option::is_some)).then(|| qkv.clone());
-        let angles = pass.angles(s.layer.rope)?;
+        let angles = pass.angles(s.layer.rope);
         qkv.par_chunks_mut(places.width).enumerate().for_each(|(i, row)| {
             for (norm, place) in norms.iter().zip([places.q, places.k]) {
                 if let Some(norm) = norm {
                     norm.row(row, place);
                 }
             }
-            if let Some(angles) = &angles {
-                self.rotate(row, places, angles.of(i % t), 1.0);
+            if let Some(angles) = angles {
+                self.rotate(row, places, angles.row(i), 1.0);
             }
         });
-        let mut gathered = Buffer::new(b * t * s.heads * s.head_dim);
-        let mut log_sums = Buffer::new(b * t * s.heads);
+        let mut gathered = Buffer::new(rows * s.heads * s.head_dim);
+        let mut log_sums = Buffer::new(rows * s.heads);
         let out = (&mut gathered[..], &mut log_sums[..]);
         match cache {
-            None => self.attention(&qkv, places, &sequences(b, t)).forward(out.0, out.1),
-            Some(cache) => self.attend_with_past(&qkv, places, (b, t), pass.start(), cache, out)?,
+            None => self.attention(&qkv, places, pass.sequences()).forward(out.0, out.1),
+            Some(cache) => self.attend_with_cache(&qkv, places, pass, cache, out)?,
         }
         let output = Left::new(&gathered, s.heads * s.head_dim, self.rounding());
         if !keep {
@@ -317,31 +318,45 @@ impl Layer {
     }
 
     /// Attention over the keys and values in `cache`, to which those of this pass are added.
-    fn attend_with_past(
+    fn attend_with_cache(
         &self,
         qkv: &[f32],
         places: Places,
-        (b, t): (usize, usize),
-        past: usize,
+        pass: &Pass,
         cache: &mut LayerCache,
         (gathered, log_sums): (&mut [f32], &mut [f32]),
     ) -> Result<()> {
         let (kv, d) = (self.shape.kv_heads, self.shape.head_dim);
+        let texts = pass.sequences();
+        let t = texts.first().map_or(0, |text| text.queries.len());
+        if texts.iter().any(|text| text.queries.len() != t || text.past() > 0) {
+            candle_core::bail!("texts of several lengths with a cache. This is a bug.")
+        }
         let by_head = |(start, step): (usize, usize)| {
-            let mut out = Vec::with_capacity(b * kv * t * d);
-            for (sequence, head) in (0..b).flat_map(|i| (0..kv).map(move |j| (i, j))) {
-                for token in 0..t {
-                    let at = (sequence * t + token) * places.width + start + head * step;
+            let mut out = Vec::with_capacity(texts.len() * kv * t * d);
+            for (text, head) in texts.iter().flat_map(|text| (0..kv).map(move |head| (text, head))) {
+                for row in text.queries.clone() {
+                    let at = row * places.width + start + head * step;
                     out.extend_from_slice(&qkv[at..at + d]);
                 }
             }
-            Tensor::from_vec(out, (b, kv, t, d), &Device::Cpu)
+            Tensor::from_vec(out, (texts.len(), kv, t, d), &Device::Cpu)
         };
-        cache.write(past, &by_head(places.k)?, &by_head(places.v)?)?;
+        cache.write(pass.cached(), &by_head(places.k)?, &by_head(places.v)?)?;
         let (keys, values) = cache.all();
         let capacity = keys.dim(2)?;
-        let sequence = |i| Sequence { first_query: i * t, queries: t, first_key: i * kv * capacity, past };
-        let sequences: Vec<Sequence> = (0..b).map(sequence).collect();
+        let seen = pass.cached() + t;
+        let sequences: Vec<Sequence> = texts
+            .iter()
+            .enumerate()
+            .map(|(i, text)| {
+                let first = i * kv * capacity;
+                Sequence {
+                    queries: text.queries.clone(),
+                    keys: std::iter::once(first..first + seen).collect(),
+                }
+            })
+            .collect();
         let lie = Heads { values: &[], start: 0, row: d, head: capacity * d };
         with(keys, |keys| {
             with(values, |values| {
@@ -364,11 +379,6 @@ impl Layer {
             }
         }
     }
-}
-
-/// Sequences of `t` rows each, without a past.
-pub(super) fn sequences(b: usize, t: usize) -> Vec<Sequence> {
-    (0..b).map(|i| Sequence { first_query: i * t, queries: t, first_key: i * t, past: 0 }).collect()
 }
 
 pub(super) fn bend(activation: Activation) -> Bend {
