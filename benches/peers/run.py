@@ -291,7 +291,7 @@ def in_both(bench, model, part, options, check):
 def decode(batch):
     def case(bench):
         options = ["decode", bench.model, "--batch", batch]
-        return Case(f"decode-{batch}", f"decode: 32 tokens of {batch} sequences, with a KV cache, from nothing",
+        return Case(f"decode-{batch}", f"decode: 32 tokens, batch {batch}, with a KV cache, from nothing",
                     in_both(bench, bench.model, f"decode-{batch}", options, "greatest logit"))
     return case
 

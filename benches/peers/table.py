@@ -31,7 +31,7 @@ def machine(python):
         "cores": os.cpu_count(), "features": [f for f in FEATURES if f in flags],
         "memory_bytes": int(memory) * 1024, "kernel": platform.release(),
         "rustc": first_line(["rustc", "--version"]), "python": platform.python_version(),
-        "secateur": first_line(["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "--short", "HEAD"]),
+        "secateur": first_line(["git", "-C", pathlib.Path(__file__).parent, "describe", "--always", "--dirty"]),
         **dict(zip(PACKAGES, versions)),
     }
 
