@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check openapi clean-demo
+.PHONY: help demo test check bench-peers openapi clean-demo
 
 binary = $(or $(CARGO_TARGET_DIR),target)/release/secateur
 
@@ -28,6 +28,11 @@ test:
 check:
 	cargo fmt
 	cargo clippy --locked --all-targets -- -D warnings
+
+## make bench-peers every stage against its peer in one run: an hour or two on a quiet machine; ARGS="--only step"
+bench-peers:
+	scripts/install.sh cargo python
+	benches/peers/run.py $(ARGS)
 
 ## make openapi     write openapi/openapi.json anew after a change of the API
 openapi:

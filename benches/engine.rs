@@ -1,17 +1,24 @@
-//! Speed of the engine on a real model: `CANDLE_NUM_THREADS=1 cargo bench --bench engine -- MODEL_DIR
-//! [forward|decode|step]`.
-//! `benches/engine_torch.py` does the same work in `PyTorch`; compare the ratios of
-//! one machine and one hour.
+//! Speed of one part of the engine on a real model, as one line of JSON:
+//!
+//!     cargo bench --bench engine -- MODEL_DIR PART [bf16|f32] [REPEATS]
+//!
+//! `PART` is `forward`, `decode-1`, `decode-64`, `step-16` or `step-4` (bits of the frozen base). One part a
+//! process, so that the peak of its memory is that part's. `benches/peers/run.py` runs it in turn with the same
+//! work in `PyTorch` (`benches/peers/work.py`); `check` must come out alike in both.
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
 use std::time::Instant;
 
+use candle_core::Tensor;
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
-use secateur::engine::model::lora::unit;
 use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
 use secateur::job::preset::QloraSettings;
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};
+use serde_json::json;
+
+/// Tokens that a sequence has grown by when its decoding is timed to the end.
+const DECODED: usize = 32;
 
 fn main() {
     // As the product does: on a thread of the pool.
@@ -19,91 +26,107 @@ fn main() {
 }
 
 fn measure() {
-    let mut arguments = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
-    let Some(dir) = arguments.next().map(PathBuf::from) else {
-        eprintln!("usage: cargo bench --bench engine -- MODEL_DIR [forward|decode|step]");
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let mut arguments = arguments.iter().map(String::as_str);
+    let (Some(dir), Some(part)) = (arguments.next().map(PathBuf::from), arguments.next()) else {
+        eprintln!("usage: cargo bench --bench engine -- MODEL_DIR PART [bf16|f32] [REPEATS]");
         return;
     };
-    let only = arguments.next();
-    let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
+    let rounding = Some(Rounding::Once).filter(|_| arguments.next() != Some("f32"));
+    let repeats = arguments.next().map_or(3, |n| n.parse().unwrap());
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    let mut known = Vec::new();
-    for rounding in [None, Some(Rounding::Once)] {
-        let compute = Compute::cpu(rounding);
-        // Where the processor does not multiply bfloat16, both are the same.
-        if known.contains(&compute.name()) {
-            continue;
-        }
-        known.push(compute.name());
-        println!("{}", compute.name());
-        if wanted("forward") {
-            forward(&checkpoint, &compute);
-        }
-        if wanted("decode") {
-            decode(&checkpoint, &compute);
-        }
-        if wanted("step") {
-            training_step(&checkpoint, &compute);
-        }
-    }
+    let compute = Compute::cpu(rounding);
+    let work = match part {
+        "forward" => forward(&checkpoint, &compute),
+        "decode-1" => decode(&checkpoint, &compute, 1),
+        "decode-64" => decode(&checkpoint, &compute, 64),
+        "step-16" => step(&checkpoint, &compute, BaseBits::Sixteen),
+        "step-4" => step(&checkpoint, &compute, BaseBits::Four),
+        _ => panic!("no part {part}"),
+    };
+    report(&compute, repeats, work);
 }
 
-fn windows(checkpoint: &Checkpoint, count: u64, len: u64) -> Vec<Vec<u32>> {
-    let vocab = checkpoint.config().vocab_size as f64;
-    (0..count).map(|n| (0..len).map(|i| (unit(n, i) * vocab) as u32).collect()).collect()
+/// Work, told how many tokens it is of, that gives a number to compare with the peers'.
+struct Work<'a> {
+    tokens: usize,
+    run: Box<dyn FnMut() -> f64 + 'a>,
 }
 
-fn forward(checkpoint: &Checkpoint, compute: &Compute) {
+/// Any tokens, the same as the peers'.
+fn windows(checkpoint: &Checkpoint, count: usize, len: usize) -> Vec<Vec<u32>> {
+    let vocab = checkpoint.config().vocab_size;
+    (0..count).map(|n| (0..len).map(|i| ((n * 31 + i * 7919) % vocab) as u32).collect()).collect()
+}
+
+/// The greatest logit of the last of the streams `x [n, h]`.
+fn greatest(decoder: &Decoder, x: &Tensor) -> f64 {
+    let last = x.narrow(0, x.dim(0).unwrap() - 1, 1).unwrap();
+    f64::from(decoder.logits(&last).unwrap().max_all().unwrap().to_scalar::<f32>().unwrap())
+}
+
+/// The body alone: what a profile is made of.
+fn forward(checkpoint: &Checkpoint, compute: &Compute) -> Work<'static> {
     let decoder = Decoder::open(checkpoint, compute).unwrap();
     let windows = windows(checkpoint, 4, 512);
     let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
     let tokens = Batch::of(&batch);
-    report("forward 4 x 512, body", 2048, || drop(decoder.forward(&tokens).unwrap()));
+    let run = move || greatest(&decoder, &decoder.forward(&tokens).unwrap());
+    Work { tokens: 4 * 512, run: Box::new(run) }
 }
 
-fn decode(checkpoint: &Checkpoint, compute: &Compute) {
+/// Token by token from nothing, with logits.
+fn decode(checkpoint: &Checkpoint, compute: &Compute, batch: usize) -> Work<'static> {
     let decoder = Decoder::open(checkpoint, compute).unwrap();
-    for (batch, steps) in [(1, 32), (64, 16)] {
-        let tokens = Batch::of(&vec![&[0][..]; batch]);
-        let mut cache = decoder.cache(batch, 4 * steps).unwrap();
-        report(&format!("decode {steps} tokens, batch {batch}"), steps * batch, || {
-            for _ in 0..steps {
-                let x = decoder.step(&tokens, &mut cache).unwrap();
-                drop(decoder.logits(&x).unwrap());
-            }
-        });
-    }
+    let tokens = Batch::of(&vec![&[0][..]; batch]);
+    let run = move || {
+        let mut cache = decoder.cache(batch, DECODED).unwrap();
+        let mut logits = None;
+        for _ in 0..DECODED {
+            let x = decoder.step(&tokens, &mut cache).unwrap();
+            logits = Some(decoder.logits(&x).unwrap());
+        }
+        f64::from(logits.unwrap().max_all().unwrap().to_scalar::<f32>().unwrap())
+    };
+    Work { tokens: DECODED * batch, run: Box::new(run) }
 }
 
-fn training_step(checkpoint: &Checkpoint, compute: &Compute) {
-    let all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+/// Loss and gradients of adapters on all linear layers.
+fn step(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Work<'static> {
     let spec = QloraSpec {
         rank: Some(8),
         dropout: Some(0.0),
-        targets: Some(all.map(String::from).to_vec()),
+        targets: Some(vec!["all".to_owned()]),
         ..QloraSpec::default()
     };
     let settings: QloraSettings = spec.settings(Preset::Paper, &checkpoint.config().facts(), 1);
     let windows = windows(checkpoint, 4, 256);
-    let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-    for (bits, name) in [(BaseBits::Sixteen, "16-bit"), (BaseBits::Four, "NF4")] {
-        let decoder = Decoder::open_frozen(checkpoint, compute, bits).unwrap();
-        let adapters = Adapters::new(checkpoint.config(), &settings, 0, &compute.device).unwrap();
+    let predicted = 4 * 255;
+    let decoder = Decoder::open_frozen(checkpoint, compute, bits).unwrap();
+    let adapters = Adapters::new(checkpoint.config(), &settings, 0, &compute.device).unwrap();
+    let run = move || {
+        let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         let draw = Draw { seed: 0, step: 0, micro_batch: 0 };
-        report(&format!("LoRA step 4 x 256, r 8, all linears, {name} base"), 1024, || {
-            drop(loss_and_gradients(&decoder, &adapters, &batch, 1e-3, draw).unwrap());
-        });
-    }
+        let scale = 1.0 / f64::from(predicted);
+        let (nll, _) = loss_and_gradients(&decoder, &adapters, &batch, scale, draw).unwrap();
+        nll * scale
+    };
+    Work { tokens: 4 * 256, run: Box::new(run) }
 }
 
-/// Best of three, after one run to warm up.
-fn report(what: &str, tokens: usize, mut work: impl FnMut()) {
-    work();
-    let once = |()| {
+/// The first run, which warms up, apart from the others.
+fn report(compute: &Compute, repeats: usize, mut work: Work) {
+    let mut check = 0.0;
+    let mut timed = || {
         let start = Instant::now();
-        work();
+        check = (work.run)();
+        assert!(check.is_finite(), "numbers that are not finite may be fast for that reason");
         start.elapsed().as_secs_f64()
     };
-    let best = [(); 3].map(once).into_iter().fold(f64::INFINITY, f64::min);
-    println!("{what}: {best:.3} s, {:.0} tokens/s", tokens as f64 / best);
+    let first = timed();
+    let seconds: Vec<f64> = (0..repeats).map(|_| timed()).collect();
+    let line = json!({
+        "compute": compute.name(), "tokens": work.tokens, "first_s": first, "seconds": seconds, "check": check,
+    });
+    println!("{line}");
 }

@@ -85,9 +85,9 @@ fn score(
     let (mut places, mut targets, mut owners) = (Vec::new(), Vec::new(), Vec::new());
     for (i, rows) in which.iter().zip(rows) {
         let Request { tokens, from } = &requests[*i];
-        for at in *from..tokens.len() {
+        for (at, token) in tokens.iter().enumerate().skip(*from) {
             places.push(rows.at(at - 1) as u32);
-            targets.push(tokens[at]);
+            targets.push(*token);
             owners.push(*i);
         }
     }

@@ -137,6 +137,7 @@ impl Weight {
     }
 
     /// The same matrix with its codes kept elsewhere.
+    #[must_use]
     pub fn with_codes(&self, codes: Bytes) -> Self {
         match self {
             Self::Dense(_) => self.clone(),
