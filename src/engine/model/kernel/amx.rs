@@ -2,8 +2,9 @@
 //!
 //! Rust keeps the intrinsics and the feature unstable (rust-lang/rust#126622), but assembles the instructions.
 
-use super::buffer::Line;
-use super::tile::Sums;
+use super::buffer::Block;
+use super::product::Start;
+use super::tile::{self, Strips, TILE};
 
 /// Whether this processor has tiles of bfloat16, and this process may use them.
 pub fn available() -> bool {
@@ -75,35 +76,50 @@ impl Tiles {
         Self(())
     }
 
-    /// `sums += left · right` for 32 rows and one or two strips: `left` holds for each step of 32 values two
-    /// tiles, `right` a tile a strip, strips `strip` lines apart.
+    /// `out = start + left · right` for up to 32 rows and two strips: `left` holds for each step of 32 values two
+    /// tiles, `right` a tile a strip.
     ///
     /// # Panics
-    /// When a side is shorter than `steps`.
+    /// When a side is shorter than the depth of `right`.
+    pub fn sum(&self, left: &[u32], right: Strips, start: Start, out: &mut Block) {
+        let strips = out.width().div_ceil(16);
+        assert!(out.rows() <= TILE && (1..=STRIPS).contains(&strips), "more than a tile. This is a bug.");
+        if out.rows() == TILE && out.width() == 16 * strips {
+            tile::begin(start, out);
+            return self.whole(left, right, out);
+        }
+        // Tiles are written whole: into a place of their own.
+        let mut sums = [0f32; 16 * STRIPS * TILE];
+        let mut part = Block::new(&mut sums, 16 * STRIPS, out.rows(), out.width());
+        tile::begin(start, &mut part);
+        if let Start::Target = start {
+            (0..out.rows()).for_each(|i| part.row(i).copy_from_slice(out.row(i)));
+        }
+        self.whole(left, right, &mut Block::new(&mut sums, 16 * STRIPS, TILE, 16 * strips));
+        for (i, sums) in sums.chunks(16 * STRIPS).enumerate().take(out.rows()) {
+            let out = out.row(i);
+            out.copy_from_slice(&sums[..out.len()]);
+        }
+    }
+
+    /// `out += left · right` for a whole tile.
     #[allow(clippy::too_many_lines, clippy::unused_self)]
-    pub fn add(
-        &self,
-        left: &[u32],
-        right: &[Line],
-        strip: usize,
-        steps: usize,
-        strips: usize,
-        sums: &mut Sums,
-    ) {
+    fn whole(&self, left: &[u32], right: Strips, out: &mut Block) {
+        let (steps, strips) = (right.depth / 16, out.width() / 16);
         if steps == 0 {
             return;
         }
         assert!(
-            left.len() >= steps * 512 && right.len() >= (strips - 1) * strip + steps * 16,
+            left.len() >= steps * 512 && right.lines.len() >= (strips - 1) * right.strip + steps * 16,
             "outside a side of a product. This is a bug."
         );
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `self` says that the tiles are configured. Loads read `steps` tiles of 1 KiB from each side,
-        // which are there; sums are read and written at 32 rows of 192 bytes, within `Sums`. A single strip
-        // takes the two lower tiles of sums only.
+        // which are there; sums are read and written at the 32 rows of one or two strips that `out` has.
         #[allow(unsafe_code)]
         unsafe {
-            let (a, b, c) = (left.as_ptr(), right.as_ptr(), sums.as_mut_ptr());
+            let (a, b, c) = (left.as_ptr(), right.lines.as_ptr(), out.start());
+            let (c2, row) = (c.add(16 * out.step()), 4 * out.step());
             if strips == 1 {
                 std::arch::asm!(
                     "tileloadd tmm0, [{c} + {row}]",
@@ -123,8 +139,8 @@ impl Tiles {
                     a = inout(reg) a => _,
                     b = inout(reg) b => _,
                     c = in(reg) c,
-                    c2 = in(reg) c.add(16),
-                    row = in(reg) 192usize,
+                    c2 = in(reg) c2,
+                    row = in(reg) row,
                     line = in(reg) 64usize,
                     steps = inout(reg) steps => _,
                     options(nostack)
@@ -156,10 +172,10 @@ impl Tiles {
                     "tilestored [{c2} + {row} + 64], tmm3",
                     a = inout(reg) a => _,
                     b = inout(reg) b => _,
-                    b2 = inout(reg) b.add(strip) => _,
+                    b2 = inout(reg) b.add(right.strip) => _,
                     c = in(reg) c,
-                    c2 = in(reg) c.add(16),
-                    row = in(reg) 192usize,
+                    c2 = in(reg) c2,
+                    row = in(reg) row,
                     line = in(reg) 64usize,
                     steps = inout(reg) steps => _,
                     options(nostack)

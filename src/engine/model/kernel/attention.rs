@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::buffer::{Buffer, Line, Shared, words};
+use super::buffer::{Block, Buffer, Line, Shared, words};
+use super::product::Start;
 use super::rows::{self, Scoring};
-use super::tile::{self, Kind, Rows, STRIPS, Strips, Sums, TILE};
+use super::tile::{self, Kind, Rows, STRIPS, Strips, TILE};
 use super::unpack::{strips_of, turned_strips_of};
 
 /// Queries of one task: the keys are laid out anew for each.
@@ -154,12 +155,12 @@ impl Attention<'_> {
                     log_sums.slice(at, 1)[0] = most + sum.ln();
                 }
                 let left = Rows { words: words(&scores), row: width, step: 1 };
-                each_panel(left, values.lines(), keys, end, count, d, |i, columns, sums| {
-                    let row = (sequence.queries.start + start + i) * self.heads + head;
-                    for (out, sum) in out.slice(row * d + columns.start, columns.len()).iter_mut().zip(sums) {
-                        *out = sum * share[i];
-                    }
-                });
+                let row = |i: usize| ((sequence.queries.start + start + i) * self.heads + head) * d;
+                let mut out = out.block(row(0), self.heads * d, count, d);
+                panels(left, values.lines(), keys, end, Start::Zero, &mut out);
+                for (i, share) in share.iter().enumerate().take(count) {
+                    out.row(i).iter_mut().for_each(|v| *v *= share);
+                }
             }
         }
     }
@@ -210,9 +211,8 @@ impl Attention<'_> {
     ) {
         let words = &words(left.values)[left.start + row * left.row + head * left.head..];
         let left = Rows { words, row: left.row, step: 1 };
-        each_panel(left, right, self.dim, self.dim, count, strips * 16, |i, columns, sums| {
-            out[i * width + columns.start..i * width + columns.end].copy_from_slice(sums);
-        });
+        let mut out = Block::new(out, width, count, strips * 16);
+        panels(left, right, self.dim, self.dim, Start::Zero, &mut out);
     }
 
     /// The gradients for queries, keys and values, in the places of theirs in `gradients`, of the gradient
@@ -274,18 +274,9 @@ impl Attention<'_> {
                     rows::shares_back(scores, gradients, seen, self.scoring, log_sum, along);
                 }
                 let left = Rows { words: words(&d_shares), row: width, step: 1 };
-                each_panel(
-                    left,
-                    &straight_keys.lines()[begin..],
-                    keys,
-                    end - begin,
-                    count,
-                    d,
-                    |i, columns, sums| {
-                        let at = self.q.start + (base + start + i) * self.q.row + head * self.q.head;
-                        gradients.slice(at + columns.start, columns.len()).copy_from_slice(sums);
-                    },
-                );
+                let at = self.q.start + (base + start) * self.q.row + head * self.q.head;
+                let mut d_queries = gradients.block(at, self.q.row, count, d);
+                panels(left, &straight_keys.lines()[begin..], keys, end - begin, Start::Zero, &mut d_queries);
                 let query = |i: usize| self.q.at(base + start + i, head, d);
                 strips_of(query, count, d, of_queries.lines_mut());
                 strips_of(|i| d_out.at(base + start + i, head, d), count, d, of_out.lines_mut());
@@ -294,7 +285,8 @@ impl Attention<'_> {
                     let add = |shares: &Buffer, right: &Buffer, sums: &mut Buffer| {
                         let words = &words(shares)[first - begin..];
                         let left = Rows { words, row: 1, step: width };
-                        add_panels(left, right.lines(), count, many, across, &mut sums[first * padded..]);
+                        let mut out = Block::new(&mut sums[first * padded..], padded, many, padded);
+                        panels(left, right.lines(), count, count, Start::Target, &mut out);
                     };
                     add(&shares, &of_out, &mut d_values);
                     add(&d_shares, &of_queries, &mut d_keys);
@@ -310,43 +302,171 @@ impl Attention<'_> {
     }
 }
 
-/// Hands out `left · right` row by row, in panels of columns; strips of `right` lie `strip` lines apart.
-fn each_panel(
-    left: Rows,
-    right: &[Line],
-    strip: usize,
-    depth: usize,
-    count: usize,
-    width: usize,
-    mut each: impl FnMut(usize, Range<usize>, &[f32]),
-) {
-    let mut sums: Sums = [[0.0; 16 * STRIPS]; TILE];
-    for first in (0..width.div_ceil(16)).step_by(STRIPS) {
-        let many = STRIPS.min(width.div_ceil(16) - first);
-        sums[..count].fill([0.0; 16 * STRIPS]);
-        let lines = Strips { lines: &right[first * strip..], strip, line: 1, depth };
-        tile::add(Kind::Float, left, lines, count, many, &mut sums);
-        let columns = first * 16..((first + many) * 16).min(width);
-        for (i, sums) in sums.iter().enumerate().take(count) {
-            each(i, columns.clone(), &sums[..columns.len()]);
-        }
+/// `out = start + left · right`, panel by panel; strips of `right` lie `strip` lines apart.
+fn panels(left: Rows, right: &[Line], strip: usize, depth: usize, start: Start, out: &mut Block) {
+    for first in (0..out.width()).step_by(16 * STRIPS) {
+        let right = Strips { lines: &right[first / 16 * strip..], strip, depth };
+        tile::sum(Kind::Float, left, right, start, &mut out.columns(first..first + 16 * STRIPS));
     }
 }
 
-/// `out += left · right` for rows of `16 × across` values.
-fn add_panels(left: Rows, right: &[Line], depth: usize, count: usize, across: usize, out: &mut [f32]) {
-    let width = 16 * across;
-    let mut sums: Sums = [[0.0; 16 * STRIPS]; TILE];
-    for first in (0..across).step_by(STRIPS) {
-        let many = STRIPS.min(across - first);
-        let part = |i: usize| i * width + 16 * first..i * width + 16 * (first + many);
-        for (i, sums) in sums.iter_mut().enumerate().take(count) {
-            sums[..16 * many].copy_from_slice(&out[part(i)]);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::model::lora::unit;
+
+    /// Queries and keys in one table, as a layer has them.
+    struct Case {
+        values: Vec<f32>,
+        heads: usize,
+        kv_heads: usize,
+        dim: usize,
+        scoring: Scoring,
+        window: Option<usize>,
+        sequences: Vec<Sequence>,
+    }
+
+    impl Case {
+        fn width(&self) -> usize {
+            (self.heads + 2 * self.kv_heads) * self.dim
         }
-        let lines = Strips { lines: &right[first * depth..], strip: depth, line: 1, depth };
-        tile::add(Kind::Float, left, lines, count, many, &mut sums);
-        for (i, sums) in sums.iter().enumerate().take(count) {
-            out[part(i)].copy_from_slice(&sums[..16 * many]);
+
+        fn attention(&self) -> Attention<'_> {
+            let heads = |start| Heads { values: &self.values, start, row: self.width(), head: self.dim };
+            Attention {
+                q: heads(0),
+                k: heads(self.heads * self.dim),
+                v: heads((self.heads + self.kv_heads) * self.dim),
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                dim: self.dim,
+                scoring: self.scoring,
+                window: self.window,
+                sequences: &self.sequences,
+            }
+        }
+
+        /// What the heads gather, and the logarithms of the sums, in float64.
+        fn exact(&self, values: &[f64]) -> (Vec<f64>, Vec<f64>) {
+            let (d, width, group) = (self.dim, self.width(), self.heads / self.kv_heads);
+            let rows = self.values.len() / width;
+            let (mut out, mut logs) = (vec![0.0; rows * self.heads * d], vec![0.0; rows * self.heads]);
+            for (sequence, query, head) in self.sequences.iter().flat_map(|sequence| {
+                let queries = 0..sequence.queries.len();
+                queries.flat_map(move |query| (0..self.heads).map(move |head| (sequence, query, head)))
+            }) {
+                let at = |row: usize, head: usize| &values[row * width + head * d..][..d];
+                let row = sequence.queries.start + query;
+                let end = sequence.past() + query + 1;
+                let seen = self.window.map_or(0, |window| end.saturating_sub(window))..end;
+                let keys: Vec<usize> = sequence.key_rows(seen).collect();
+                let scores = keys.iter().map(|key| {
+                    let (q, k) = (at(row, head), at(*key, self.heads + head / group));
+                    let score =
+                        q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() * f64::from(self.scoring.scale);
+                    self.scoring
+                        .cap
+                        .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                        .exp()
+                });
+                let scores: Vec<f64> = scores.collect();
+                let sum: f64 = scores.iter().sum();
+                logs[row * self.heads + head] = sum.ln();
+                for (key, score) in keys.iter().zip(scores) {
+                    let v = at(*key, self.heads + self.kv_heads + head / group);
+                    let out = &mut out[(row * self.heads + head) * d..][..d];
+                    out.iter_mut().zip(v).for_each(|(out, v)| *out += score / sum * v);
+                }
+            }
+            (out, logs)
+        }
+    }
+
+    fn values(count: usize, key: u64) -> Vec<f32> {
+        (0..count).map(|i| unit(key, i as u64) as f32 * 4.0 - 2.0).collect()
+    }
+
+    fn case(heads: usize, kv_heads: usize, dim: usize, lengths: &[usize]) -> Case {
+        let mut end = 0;
+        let mut next = |len: &usize| {
+            end += len;
+            Sequence::alone(end - len..end)
+        };
+        let sequences: Vec<Sequence> = lengths.iter().map(&mut next).collect();
+        let values = values(end * (heads + 2 * kv_heads) * dim, 1);
+        let scoring = Scoring { scale: 1.0 / (dim as f32).sqrt(), cap: None };
+        Case { values, heads, kv_heads, dim, scoring, window: None, sequences }
+    }
+
+    fn cases() -> Vec<Case> {
+        let mut cases = vec![
+            case(2, 1, 16, &[33, 2, 1]),
+            case(3, 3, 10, &[17, 40]),
+            case(4, 2, 56, &[150]),
+            case(1, 1, 64, &[3]),
+        ];
+        cases.push(Case { window: Some(5), ..case(2, 2, 24, &[70]) });
+        let capped = Scoring { scale: 0.7, cap: Some(2.0) };
+        cases.push(Case { scoring: capped, ..case(2, 1, 8, &[20]) });
+        cases
+    }
+
+    fn close(got: &[f32], want: &[f64], what: &str) {
+        assert_eq!(got.len(), want.len());
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            assert!((f64::from(*got) - want).abs() < 2e-4 * (1.0 + want.abs()), "{what} {i}: {got} {want}");
+        }
+    }
+
+    fn widened(values: &[f32]) -> Vec<f64> {
+        values.iter().copied().map(f64::from).collect()
+    }
+
+    #[test]
+    fn heads_gather_what_float64_says() {
+        let mut cases = cases();
+        // Two texts with a beginning in common.
+        let mut shared = case(2, 1, 16, &[60]);
+        shared.sequences = vec![
+            Sequence::alone(0..20),
+            Sequence { queries: 20..40, keys: vec![0..20, 20..40] },
+            Sequence { queries: 40..60, keys: vec![0..20, 40..60] },
+        ];
+        cases.push(shared);
+        for case in cases {
+            let rows = case.values.len() / case.width();
+            let (mut out, mut logs) = (vec![0.0; rows * case.heads * case.dim], vec![0.0; rows * case.heads]);
+            case.attention().forward(&mut out, &mut logs);
+            let want = case.exact(&widened(&case.values));
+            close(&out, &want.0, "gathered");
+            close(&logs, &want.1, "log sum");
+        }
+    }
+
+    #[test]
+    fn the_backward_pass_gives_the_slopes_of_the_forward_pass() {
+        for case in cases() {
+            let rows = case.values.len() / case.width();
+            let size = rows * case.heads * case.dim;
+            let (mut out, mut logs) = (vec![0.0; size], vec![0.0; rows * case.heads]);
+            case.attention().forward(&mut out, &mut logs);
+            let d_out = values(size, 2);
+            let mut gradients = vec![f32::NAN; case.values.len()];
+            case.attention().backward(&out, &logs, &d_out, &mut gradients);
+            assert!(gradients.iter().all(|gradient| gradient.is_finite()));
+            let sum = |values: &[f64]| {
+                case.exact(values).0.iter().zip(&d_out).map(|(a, b)| a * f64::from(*b)).sum::<f64>()
+            };
+            // A few of them: each takes two passes in float64.
+            for i in (0..case.values.len()).step_by(case.values.len() / 24) {
+                let moved = |by: f64| {
+                    let mut values = widened(&case.values);
+                    values[i] += by;
+                    sum(&values)
+                };
+                let want = (moved(1e-4) - moved(-1e-4)) / 2e-4;
+                assert!((f64::from(gradients[i]) - want).abs() < 1e-3, "{i}: {} {want}", gradients[i]);
+            }
         }
     }
 }

@@ -3,7 +3,8 @@
 //! Freshly mapped pages cost more than what is computed in them; a pool of what was dropped costs nothing.
 
 use std::collections::BTreeMap;
-use std::ops::{Deref, DerefMut};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Mutex;
 
 /// A cache line. Tiles and lines of strips want to start at one.
@@ -147,6 +148,82 @@ impl Shared {
         assert!(start + len <= self.len, "outside the result. This is a bug.");
         // SAFETY: inside the values by the assertion, and this task's alone.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+
+    /// `rows` rows of `width` values, the first at `start` and each `step` behind the one before, which no other
+    /// task may take meanwhile.
+    ///
+    /// # Panics
+    /// When they are outside, or overlap.
+    #[allow(unsafe_code)]
+    pub fn block(&self, start: usize, step: usize, rows: usize, width: usize) -> Block<'_> {
+        let len = span(step, rows, width);
+        assert!(start + len <= self.len, "outside the result. This is a bug.");
+        // SAFETY: inside the values by the assertion.
+        Block { start: unsafe { self.start.add(start) }, step, rows, width, values: PhantomData }
+    }
+}
+
+/// Values from the first to the last of `rows` rows of `width`, `step` apart.
+fn span(step: usize, rows: usize, width: usize) -> usize {
+    assert!(width <= step || rows <= 1, "rows that overlap. This is a bug.");
+    if rows == 0 { 0 } else { (rows - 1) * step + width }
+}
+
+/// Rows of values that a kernel writes. Between them lie those of others.
+pub(super) struct Block<'a> {
+    start: *mut f32,
+    step: usize,
+    rows: usize,
+    width: usize,
+    values: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Block<'a> {
+    /// `rows` rows of `width` values, each `step` behind the one before.
+    ///
+    /// # Panics
+    /// When they are outside `values`, or overlap.
+    pub fn new(values: &'a mut [f32], step: usize, rows: usize, width: usize) -> Self {
+        assert!(span(step, rows, width) <= values.len(), "outside the result. This is a bug.");
+        Self { start: values.as_mut_ptr(), step, rows, width, values: PhantomData }
+    }
+
+    /// Those of its columns that are in `range`.
+    #[allow(unsafe_code)]
+    pub fn columns(&mut self, range: Range<usize>) -> Block<'_> {
+        let (first, end) = (range.start.min(self.width), range.end.min(self.width));
+        // SAFETY: within the first row, or at its end.
+        let start = unsafe { self.start.add(first) };
+        Block { start, width: end - first, values: PhantomData, ..*self }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Values between the starts of two rows.
+    pub fn step(&self) -> usize {
+        self.step
+    }
+
+    /// The first value of the first row.
+    pub fn start(&mut self) -> *mut f32 {
+        self.start
+    }
+
+    /// # Panics
+    /// When there is no such row.
+    #[allow(unsafe_code)]
+    pub fn row(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows, "outside the result. This is a bug.");
+        // SAFETY: whoever made this had all rows checked, and borrowed; the exclusive borrow of `self` is this
+        // row's meanwhile.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.step), self.width) }
     }
 }
 

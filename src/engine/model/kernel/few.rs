@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::decode::Decode;
 use super::left::Form;
-use super::product::{FEW, Out, Place, Start, Term};
+use super::product::{FEW, Out, Start, Term};
 use super::wide;
 
 /// Results of one task.
@@ -38,7 +38,7 @@ pub(super) fn sum(terms: &[Term], out: &Out, start: Start) {
             term.right.dots(first, Dots { values, rows: out.rows, results: width }, &mut sums);
         }
         for (row, sums) in sums.chunks(TASK).enumerate().take(out.rows) {
-            out.finish(Place { row, count: 1, column: first, width }, start, &sums[..width]);
+            out.finish(row, first, start, &sums[..width]);
         }
     });
 }

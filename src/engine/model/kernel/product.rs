@@ -3,11 +3,11 @@
 use rayon::prelude::*;
 
 use super::amx;
-use super::buffer::{Buffer, Line, Shared, floats_mut, words};
+use super::buffer::{Block, Buffer, Line, Shared, floats_mut, words};
 use super::few;
 use super::left::{Form, Left};
 use super::matrix::{Matrix, Side};
-use super::tile::{self, Kind, Rows, STRIPS, Strips, Sums, TILE};
+use super::tile::{self, Kind, Rows, STRIPS, Strips, TILE};
 
 /// So few rows are not worth unpacking a matrix for: they are multiplied with it as it lies.
 pub(super) const FEW: usize = 16;
@@ -47,6 +47,17 @@ pub enum Start<'a> {
     Target,
 }
 
+impl Start<'_> {
+    /// The same from column `first` on; after the first pass over a result, it is that what is there.
+    fn of(self, first: usize, first_pass: bool) -> Self {
+        match self {
+            _ if !first_pass => Start::Target,
+            Start::Bias(bias) => Start::Bias(&bias[first..]),
+            Start::Zero | Start::Target => self,
+        }
+    }
+}
+
 /// `x Wᵀ` or `x W` alone.
 pub fn product(left: &Left, right: &Matrix, side: Side) -> Buffer {
     let results = right.results(side);
@@ -81,6 +92,9 @@ pub fn sum(terms: &[Term], target: Target, start: Start) {
         assert_eq!(bias.len(), results, "a bias that does not fit. This is a bug.");
     }
     let out = Out { values: Shared::new(target.values), rows, width: target.width, first: target.first };
+    if terms.iter().all(|term| term.left.depth == 0) {
+        return tile::begin(start, &mut out.block(0, rows, 0, results));
+    }
     if rows <= FEW && terms.iter().all(|term| term.side == Side::Rows) {
         return few::sum(terms, &out, start);
     }
@@ -163,7 +177,6 @@ impl Work<'_> {
     fn task(&self, rows: std::ops::Range<usize>, strips: std::ops::Range<usize>) {
         let panel = self.panel();
         let tiles = (panel == amx::STRIPS).then(amx::Tiles::new);
-        let mut sums: Sums = [[0.0; 16 * STRIPS]; TILE];
         for (number, pass) in self.passes.iter().enumerate() {
             let depth = depth_of(pass);
             let mut scratch = Buffer::of_lines(strips.len() * depth);
@@ -175,17 +188,17 @@ impl Work<'_> {
             for row in rows.clone().step_by(TILE) {
                 let count = TILE.min(rows.end - row);
                 for first in strips.clone().step_by(panel) {
-                    let many = panel.min(strips.end - first);
-                    let width = (16 * many).min(self.results - 16 * first);
-                    let place = Place { row, count, column: 16 * first, width };
-                    self.begin(number, place, &mut sums);
+                    let column = 16 * first;
+                    let width = (16 * panel.min(strips.end - first)).min(self.results - column);
+                    let mut block = self.out.block(row, count, column, width);
+                    let mut start = self.start.of(column, number == 0);
                     let mut at = (first - strips.start) * depth;
                     for piece in pass {
-                        let right = Strips { lines: &lines[at..], strip: depth, line: 1, depth: piece.lines };
-                        self.add(*piece, row, right, count, many, tiles.as_ref(), &mut sums);
+                        let right = Strips { lines: &lines[at..], strip: depth, depth: piece.lines };
+                        self.add(*piece, row, right, tiles.as_ref(), start, &mut block);
+                        start = Start::Target;
                         at += piece.lines;
                     }
-                    self.out.write(place, &sums);
                 }
             }
         }
@@ -203,49 +216,36 @@ impl Work<'_> {
         }
     }
 
-    /// What sums start with in pass `number`.
-    fn begin(&self, number: usize, place: Place, sums: &mut Sums) {
-        match (number, self.start) {
-            (0, Start::Zero) => sums[..place.count].fill([0.0; 16 * STRIPS]),
-            (0, Start::Bias(bias)) => {
-                for sums in &mut sums[..place.count] {
-                    sums[..place.width].copy_from_slice(&bias[place.column..place.column + place.width]);
-                }
-            }
-            _ => self.out.read(place, sums),
-        }
-    }
-
-    #[allow(clippy::too_many_arguments)]
+    /// Writes what `piece` gives from `row` on, after what it starts with.
     fn add(
         &self,
         piece: Piece,
         row: usize,
         right: Strips,
-        count: usize,
-        strips: usize,
         tiles: Option<&amx::Tiles>,
-        sums: &mut Sums,
+        mut start: Start,
+        out: &mut Block,
     ) {
         let left = self.terms[piece.term].left;
         match (&left.form, tiles) {
             (Form::Floats(values), _) => {
                 let words = &words(values)[row * left.depth + piece.start..];
-                let rows = Rows { words, row: left.depth, step: 1 };
-                tile::add(Kind::Float, rows, right, count, strips, sums);
+                tile::sum(Kind::Float, Rows { words, row: left.depth, step: 1 }, right, start, out);
             }
             (Form::Pairs(parts), _) => {
                 let width = left.depth.div_ceil(2);
                 for part in parts {
                     let words = &words(part)[row * width + piece.start / 2..];
-                    tile::add(Kind::Pair, Rows { words, row: width, step: 1 }, right, count, strips, sums);
+                    tile::sum(Kind::Pair, Rows { words, row: width, step: 1 }, right, start, out);
+                    start = Start::Target;
                 }
             }
             (Form::Tiles(parts), Some(tiles)) => {
                 let each = left.depth.div_ceil(32) * 512;
                 for part in parts {
                     let words = &words(part)[row / TILE * each + piece.start / 32 * 512..];
-                    tiles.add(words, right.lines, right.strip, piece.lines / 16, strips, sums);
+                    tiles.sum(words, right, start, out);
+                    start = Start::Target;
                 }
             }
             (Form::Tiles(_), None) => unreachable!("tiles without tile registers. This is a bug."),
@@ -257,15 +257,6 @@ fn depth_of(pass: &[Piece]) -> usize {
     pass.iter().map(|piece| piece.lines).sum()
 }
 
-/// Part of a result that a kernel computes at a time.
-#[derive(Clone, Copy)]
-pub(super) struct Place {
-    pub row: usize,
-    pub count: usize,
-    pub column: usize,
-    pub width: usize,
-}
-
 /// A target that tasks write to side by side, each to places of its own.
 pub(super) struct Out {
     values: Shared,
@@ -275,38 +266,26 @@ pub(super) struct Out {
 }
 
 impl Out {
-    /// The values of a row of a place.
+    /// `count` rows from `row` on, `width` results from `column` on.
     ///
     /// # Panics
     /// When they are outside the target.
-    #[allow(clippy::mut_from_ref)]
-    fn row(&self, row: usize, column: usize, width: usize) -> &mut [f32] {
+    pub fn block(&self, row: usize, count: usize, column: usize, width: usize) -> Block<'_> {
         assert!(
-            row < self.rows && self.first + column + width <= self.width,
+            row + count <= self.rows && self.first + column + width <= self.width,
             "outside the result. This is a bug."
         );
-        self.values.slice(row * self.width + self.first + column, width)
+        self.values.block(row * self.width + self.first + column, self.width, count, width)
     }
 
-    pub fn read(&self, place: Place, sums: &mut Sums) {
-        for (i, sums) in sums[..place.count].iter_mut().enumerate() {
-            sums[..place.width].copy_from_slice(self.row(place.row + i, place.column, place.width));
-        }
-    }
-
-    pub fn write(&self, place: Place, sums: &Sums) {
-        for (i, sums) in sums[..place.count].iter().enumerate() {
-            self.row(place.row + i, place.column, place.width).copy_from_slice(&sums[..place.width]);
-        }
-    }
-
-    /// Writes sums of a row to their place, after what they start with.
-    pub fn finish(&self, place: Place, start: Start, sums: &[f32]) {
-        let out = self.row(place.row, place.column, place.width);
+    /// Writes sums of a row from `column` on, after what they start with.
+    pub fn finish(&self, row: usize, column: usize, start: Start, sums: &[f32]) {
+        let mut block = self.block(row, 1, column, sums.len());
+        let out = block.row(0);
         match start {
             Start::Zero => out.copy_from_slice(sums),
             Start::Bias(bias) => {
-                let bias = &bias[place.column..place.column + place.width];
+                let bias = &bias[column..column + sums.len()];
                 out.iter_mut().zip(bias.iter().zip(sums)).for_each(|(out, (bias, sum))| *out = bias + sum);
             }
             Start::Target => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
@@ -333,7 +312,6 @@ pub fn outer(
         let first = task * WIDTH;
         let width = WIDTH.min(columns - first);
         let strips = width.div_ceil(16);
-        let mut sums = vec![[[0f32; WIDTH]; TILE]; rank.div_ceil(TILE)];
         let mut panel = Buffer::of_lines(STRIPS * DEPTH);
         let mut row = [0f32; WIDTH];
         for start in (0..rows).step_by(DEPTH) {
@@ -345,15 +323,13 @@ pub fn outer(
                     line.copy_from_slice(&row[16 * strip..16 * strip + 16]);
                 }
             }
-            let right = Strips { lines: panel.lines(), strip: DEPTH, line: 1, depth };
-            for (tile, sums) in sums.iter_mut().enumerate() {
-                let words = &words(left)[start * rank + tile * TILE..];
-                let left = Rows { words, row: 1, step: rank };
-                tile::add(Kind::Float, left, right, TILE.min(rank - tile * TILE), strips, sums);
+            let right = Strips { lines: panel.lines(), strip: DEPTH, depth };
+            let begin = if start == 0 { Start::Zero } else { Start::Target };
+            for tile in (0..rank).step_by(TILE) {
+                let left = Rows { words: &words(left)[start * rank + tile..], row: 1, step: rank };
+                let mut block = shared.block(tile * columns + first, columns, TILE.min(rank - tile), width);
+                tile::sum(Kind::Float, left, right, begin, &mut block);
             }
-        }
-        for (i, sums) in sums.as_flattened().iter().enumerate().take(rank) {
-            shared.slice(i * columns + first, width).copy_from_slice(&sums[..width]);
         }
     });
     out
