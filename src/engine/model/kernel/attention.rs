@@ -7,7 +7,8 @@ use rayon::prelude::*;
 
 use super::buffer::{Block, Buffer, Line, Shared, words};
 use super::product::Start;
-use super::rows::{self, Scoring};
+use super::rows;
+use super::scores::{self, Scoring};
 use super::tile::{self, Kind, Rows, STRIPS, Strips, TILE};
 use super::unpack::{strips_of, turned_strips_of};
 
@@ -149,7 +150,7 @@ impl Attention<'_> {
                 let mut share = [0f32; TILE];
                 for (i, share) in share.iter_mut().enumerate().take(count) {
                     let row = &mut scores[i * width..i * width + strips * 16];
-                    let (sum, most) = rows::shares(row, seen(i), self.scoring);
+                    let (sum, most) = scores::shares(row, seen(i), self.scoring);
                     *share = 1.0 / sum;
                     let at = (sequence.queries.start + start + i) * self.heads + head;
                     log_sums.slice(at, 1)[0] = most + sum.ln();
@@ -184,7 +185,7 @@ impl Attention<'_> {
                 for (score, row) in scores.iter_mut().zip(sequence.key_rows(seen.clone())) {
                     *score = rows::product(q, self.k.at(row, kv_head, d));
                 }
-                let (sum, most) = rows::shares(&mut scores, 0..seen.len(), self.scoring);
+                let (sum, most) = scores::shares(&mut scores, 0..seen.len(), self.scoring);
                 let row = (sequence.queries.start + query) * self.heads + head;
                 log_sums.slice(row, 1)[0] = most + sum.ln();
                 let out = out.slice(row * d, d);
@@ -271,7 +272,7 @@ impl Attention<'_> {
                     let part = i * width..i * width + strips * 16;
                     let log_sum = log_sums[row * self.heads + head];
                     let (scores, gradients) = (&mut shares[part.clone()], &mut d_shares[part]);
-                    rows::shares_back(scores, gradients, seen, self.scoring, log_sum, along);
+                    scores::shares_back(scores, gradients, seen, self.scoring, log_sum, along);
                 }
                 let left = Rows { words: words(&d_shares), row: width, step: 1 };
                 let at = self.q.start + (base + start) * self.q.row + head * self.q.head;

@@ -12,12 +12,15 @@ pub mod attention;
 pub mod buffer;
 mod decode;
 mod few;
+mod lanes;
 pub mod left;
+mod logits;
 pub mod map;
 pub mod matrix;
 pub mod product;
 pub mod quant;
 pub mod rows;
+mod scores;
 mod tile;
 mod unpack;
 
