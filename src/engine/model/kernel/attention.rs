@@ -306,7 +306,7 @@ impl Attention<'_> {
 /// `out = start + left · right`, panel by panel; strips of `right` lie `strip` lines apart.
 fn panels(left: Rows, right: &[Line], strip: usize, depth: usize, start: Start, out: &mut Block) {
     for first in (0..out.width()).step_by(16 * STRIPS) {
-        let right = Strips { lines: &right[first / 16 * strip..], strip, depth };
+        let right = Strips { lines: &right[first / 16 * strip..], strip, line: 1, depth };
         tile::sum(Kind::Float, left, right, start, &mut out.columns(first..first + 16 * STRIPS));
     }
 }

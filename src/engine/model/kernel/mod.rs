@@ -17,6 +17,7 @@ pub mod left;
 mod logits;
 pub mod map;
 pub mod matrix;
+mod outer;
 pub mod product;
 pub mod quant;
 pub mod rows;

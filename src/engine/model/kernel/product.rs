@@ -3,10 +3,11 @@
 use rayon::prelude::*;
 
 use super::amx;
-use super::buffer::{Block, Buffer, Line, Shared, floats_mut, words};
+use super::buffer::{Block, Buffer, Line, Shared, words};
 use super::few;
 use super::left::{Form, Left};
 use super::matrix::{Matrix, Side};
+pub use super::outer::outer;
 use super::tile::{self, Kind, Rows, STRIPS, Strips, TILE};
 
 /// So few rows are not worth unpacking a matrix for: they are multiplied with it as it lies.
@@ -194,7 +195,7 @@ impl Work<'_> {
                     let mut start = self.start.of(column, number == 0);
                     let mut at = (first - strips.start) * depth;
                     for piece in pass {
-                        let right = Strips { lines: &lines[at..], strip: depth, depth: piece.lines };
+                        let right = Strips { lines: &lines[at..], strip: depth, line: 1, depth: piece.lines };
                         self.add(*piece, row, right, tiles.as_ref(), start, &mut block);
                         start = Start::Target;
                         at += piece.lines;
@@ -291,48 +292,6 @@ impl Out {
             Start::Target => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
         }
     }
-}
-
-/// `leftᵀ · right`, `[rank, columns]`: the gradient of a matrix. `left` has rows of `rank`; `right(i, first,
-/// out)` writes columns `first..` of its row `i`.
-pub fn outer(
-    left: &[f32],
-    rank: usize,
-    columns: usize,
-    right: impl Fn(usize, usize, &mut [f32]) + Sync,
-) -> Buffer {
-    /// Rows laid out at a time: they stay in the first-level cache.
-    const DEPTH: usize = 128;
-    /// Columns of one task.
-    const WIDTH: usize = 16 * STRIPS;
-    let rows = left.len() / rank.max(1);
-    let mut out = Buffer::zeros(rank * columns);
-    let shared = Shared::new(&mut out);
-    (0..columns.div_ceil(WIDTH)).into_par_iter().for_each(|task| {
-        let first = task * WIDTH;
-        let width = WIDTH.min(columns - first);
-        let strips = width.div_ceil(16);
-        let mut panel = Buffer::of_lines(STRIPS * DEPTH);
-        let mut row = [0f32; WIDTH];
-        for start in (0..rows).step_by(DEPTH) {
-            let depth = DEPTH.min(rows - start);
-            for i in 0..depth {
-                right(start + i, first, &mut row[..width]);
-                for strip in 0..strips {
-                    let line = &mut floats_mut(panel.lines_mut())[(strip * DEPTH + i) * 16..][..16];
-                    line.copy_from_slice(&row[16 * strip..16 * strip + 16]);
-                }
-            }
-            let right = Strips { lines: panel.lines(), strip: DEPTH, depth };
-            let begin = if start == 0 { Start::Zero } else { Start::Target };
-            for tile in (0..rank).step_by(TILE) {
-                let left = Rows { words: &words(left)[start * rank + tile..], row: 1, step: rank };
-                let mut block = shared.block(tile * columns + first, columns, TILE.min(rank - tile), width);
-                tile::sum(Kind::Float, left, right, begin, &mut block);
-            }
-        }
-    });
-    out
 }
 
 #[cfg(test)]

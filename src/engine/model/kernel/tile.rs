@@ -17,11 +17,12 @@ pub(super) struct Rows<'a> {
     pub step: usize,
 }
 
-/// The right side: line `p` of strip `s` lies at `s * strip + p`.
+/// The right side: line `p` of strip `s` lies at `s * strip + p * line`.
 #[derive(Clone, Copy)]
 pub(super) struct Strips<'a> {
     pub lines: &'a [Line],
     pub strip: usize,
+    pub line: usize,
     pub depth: usize,
 }
 
@@ -46,7 +47,7 @@ pub(super) fn sum(kind: Kind, left: Rows, right: Strips, start: Start, out: &mut
     assert!(count <= TILE && strips <= STRIPS, "more than a tile. This is a bug.");
     let Some(deepest) = right.depth.checked_sub(1) else { return begin(start, out) };
     let last = (count - 1) * left.row + deepest * left.step;
-    let last_line = (strips - 1) * right.strip + deepest;
+    let last_line = (strips - 1) * right.strip + deepest * right.line;
     assert!(
         last < left.words.len() && last_line < right.lines.len(),
         "outside a side of a product. This is a bug."
@@ -180,7 +181,7 @@ unsafe fn registers<const R: usize, const V: usize, const PAIRS: bool>(
         let words: [*const u32; R] = std::array::from_fn(|i| left.words.as_ptr().add((first + i) * left.row));
         let lines: [*const Line; V] = std::array::from_fn(|j| right.lines.as_ptr().add(j * right.strip));
         for p in 0..right.depth {
-            let b: [__m512; V] = std::array::from_fn(|j| _mm512_load_ps(lines[j].add(p).cast()));
+            let b: [__m512; V] = std::array::from_fn(|j| _mm512_load_ps(lines[j].add(p * right.line).cast()));
             for i in 0..R {
                 let a: __m512i = _mm512_set1_epi32((*words[i].add(p * left.step)).cast_signed());
                 for j in 0..V {
@@ -225,7 +226,7 @@ unsafe fn on_avx2(left: Rows, right: Strips, start: Start, out: &mut Block) {
                 // SAFETY: the caller has checked the last line and the last word of every row; a `Line` is two
                 // vectors and aligned as such.
                 unsafe {
-                    let line = right.lines.as_ptr().add(strip * right.strip + p).cast::<f32>();
+                    let line = right.lines.as_ptr().add(strip * right.strip + p * right.line).cast::<f32>();
                     let b = [_mm256_load_ps(line), _mm256_load_ps(line.add(8))];
                     for i in 0..AVX2_ROWS {
                         let a = _mm256_set1_ps(f32::from_bits(*words[i].add(p * left.step)));
@@ -253,7 +254,7 @@ fn plain(left: Rows, right: Strips, start: Start, out: &mut Block) {
             let count = 4.min(out.rows() - first);
             let mut acc = [[0f32; 16]; 4];
             for p in 0..right.depth {
-                let line = &right.lines[strip * right.strip + p].0;
+                let line = &right.lines[strip * right.strip + p * right.line].0;
                 for (i, acc) in acc.iter_mut().enumerate() {
                     // The last row stands in where there are fewer.
                     let row = first + i.min(count - 1);
