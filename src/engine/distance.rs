@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use super::model::kernel::rows::product_wide;
+use super::model::kernel::rows::exact_product;
 use crate::job::spec::Distance;
 
 /// Inner products of the streams of one token at all seams: everything the
@@ -17,11 +17,10 @@ impl Gram {
     /// `streams`: one vector per seam, all of one length. Summed in float64.
     pub fn new(streams: &[&[f32]]) -> Self {
         let seams = streams.len();
-        let wide: Vec<Vec<f64>> = streams.iter().map(|s| s.iter().map(|v| f64::from(*v)).collect()).collect();
         let mut products = vec![0.0; seams * seams];
         for a in 0..seams {
             for b in a..seams {
-                products[a * seams + b] = product_wide(&wide[a], &wide[b]);
+                products[a * seams + b] = exact_product(streams[a], streams[b]);
             }
         }
         Self { seams, products }

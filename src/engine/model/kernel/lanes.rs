@@ -4,6 +4,7 @@
 //! arithmetic with it is safe. [`vectorised!`] compiles a function once for each of them.
 
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::wildcard_imports)] // All that this file is about.
 use std::arch::x86_64::*;
 
 use super::{Path, path};

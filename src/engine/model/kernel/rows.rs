@@ -24,12 +24,54 @@ fn dot<L: Lanes>(v: L, a: &[f32], b: &[f32]) -> f32 {
     v.total(sum)
 }
 
-vectorised! {
-    /// Sum of products in float64.
-    pub fn product_wide(a: &[f64], b: &[f64]) -> f64 {
-        let (a, b) = (&a[..a.len().min(b.len())], &b[..a.len().min(b.len())]);
-        lanes!(a.len(), 0f64, |i, sum| sum + a[i] * b[i], |a, b| a + b)
+/// Sum of products in float64, of equally many values.
+///
+/// # Panics
+/// When they are not.
+pub fn exact_product(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len(), "a product of rows that do not fit. This is a bug.");
+    let whole = a.len() / 16 * 16;
+    let rest: f64 = a[whole..].iter().zip(&b[whole..]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+    #[cfg(target_arch = "x86_64")]
+    if super::wide() {
+        // SAFETY: the processor has AVX-512, and both have so many values.
+        #[allow(unsafe_code)]
+        return rest + unsafe { exact_product_wide(&a[..whole], &b[..whole]) };
     }
+    let mut sums = [0f64; 16];
+    for (a, b) in a.as_chunks::<16>().0.iter().zip(b.as_chunks::<16>().0) {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += f64::from(*a) * f64::from(*b);
+        }
+    }
+    rest + sums.iter().sum::<f64>()
+}
+
+/// # Safety
+/// The processor must have AVX-512; both of a multiple of sixteen values, equally many.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx512f")]
+unsafe fn exact_product_wide(a: &[f32], b: &[f32]) -> f64 {
+    use std::arch::x86_64::{
+        _mm256_loadu_ps, _mm512_add_pd, _mm512_cvtps_pd, _mm512_fmadd_pd, _mm512_reduce_add_pd,
+        _mm512_setzero_pd,
+    };
+    let (mut low, mut high) = (_mm512_setzero_pd(), _mm512_setzero_pd());
+    for (a, b) in a.as_chunks::<16>().0.iter().zip(b.as_chunks::<16>().0) {
+        // SAFETY: each chunk has sixteen values, of which eight are read at a time.
+        unsafe {
+            let (a, b) = (a.as_ptr(), b.as_ptr());
+            low = _mm512_fmadd_pd(
+                _mm512_cvtps_pd(_mm256_loadu_ps(a)),
+                _mm512_cvtps_pd(_mm256_loadu_ps(b)),
+                low,
+            );
+            let (a, b) = (_mm256_loadu_ps(a.add(8)), _mm256_loadu_ps(b.add(8)));
+            high = _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), high);
+        }
+    }
+    _mm512_reduce_add_pd(_mm512_add_pd(low, high))
 }
 
 vectorised! {
