@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
+use secateur::engine::chance::unit;
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
-use secateur::engine::model::lora::unit;
 use secateur::engine::model::{Checkpoint, Compute, Decoder, Rounding, pad};
 use secateur::job::preset::QloraSettings;
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};

@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 
 /// A room and what it may import of ours; the longest matching room counts.
 /// Itself it may always import. A name stands for all that lies below it.
-const ROOMS: [(&str, &[&str]); 14] = [
+const ROOMS: [(&str, &[&str]); 15] = [
     ("job", &[]),
     ("checkpoint", &["job"]),
     ("fetch", &["job"]),
     ("engine", &["job", "checkpoint", "engine"]),
+    ("engine::chance", &[]),
     ("engine::select", &["job", "engine::Error", "engine::Result"]),
-    ("engine::model", &["job", "checkpoint", "engine::Error", "engine::Result", "engine::Cx"]),
+    ("engine::model", &["job", "checkpoint", "engine::Error", "engine::Result", "engine::Cx", "engine::chance"]),
     ("engine::model::kernel", &[]),
     ("service", &["job"]),
     ("service::db", &["job"]),

@@ -7,9 +7,10 @@
 use candle_core::{Device, Tensor, Var};
 
 use crate::checkpoint::{LinearShape, Role};
+use crate::engine::chance::stream_key;
 use crate::engine::eval::loglikelihood::{Request, likelihoods};
 use crate::engine::model::layer::{AdapterGradient, Layer, Trace};
-use crate::engine::model::lora::{Adapter, Dropout, stream_key};
+use crate::engine::model::lora::{Adapter, Dropout};
 use crate::engine::model::{Config, Decoder, ops, pad};
 use crate::engine::{Cx, Error, Result};
 use crate::job::preset::QloraSettings;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::cache::KvCache;
 use super::decoder::{Decoder, pad};
-use super::lora::stream_key;
+use crate::engine::chance::stream_key;
 use crate::engine::{Cx, Error, Result};
 
 /// What to write.
