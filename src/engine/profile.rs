@@ -8,7 +8,7 @@ use super::distance::{Gram, Mean};
 use super::model::{Checkpoint, Decoder, pad};
 use super::{Cx, Error, Result};
 use crate::checkpoint::Dtype;
-use crate::job::report::LayerProfile;
+use crate::job::report::{LayerProfile, cross_axis};
 use crate::job::spec::{CalibrationSpec, Distance, TokenPosition};
 
 /// Streams kept at a time when every token counts.
@@ -234,6 +234,8 @@ impl Sums {
 
     fn profile(&self, position: TokenPosition, tokens: u64) -> LayerProfile {
         let values = |means: &[Mean]| means.iter().map(Mean::value).collect::<Vec<f64>>();
+        let stderr = |means: &[Mean]| means.iter().map(Mean::stderr).collect::<Vec<f64>>();
+        let (influence, relative_magnitude) = (values(&self.influence), values(&self.relative_magnitude));
         LayerProfile {
             layer_count: self.layer_count as u32,
             samples: self.samples,
@@ -242,9 +244,20 @@ impl Sums {
             unit: self.unit.into(),
             by_len: self.rows(Mean::value),
             stderr: self.rows(Mean::stderr),
-            influence: values(&self.influence),
-            relative_magnitude: values(&self.relative_magnitude),
+            cross_axis: cross_axis(&influence, &relative_magnitude),
+            influence,
+            relative_magnitude,
             norm: values(&self.norm),
+            influence_stderr: stderr(&self.influence),
+            relative_magnitude_stderr: stderr(&self.relative_magnitude),
+            cross_axis_stderr: Vec::new(),
+            norm_stderr: stderr(&self.norm),
+            contribution: Vec::new(),
+            ablation: Vec::new(),
+            logit_lens: Vec::new(),
+            confidence: Vec::new(),
+            samples_asked: self.samples,
+            stopped_early: false,
         }
     }
 

@@ -62,6 +62,17 @@ fn profile(layer_count: u32) -> LayerProfile {
         influence: (0..layer_count).map(step).collect(),
         relative_magnitude: (0..layer_count).map(step).collect(),
         norm: vec![1.0; layer_count as usize + 1],
+        cross_axis: Vec::new(),
+        influence_stderr: Vec::new(),
+        relative_magnitude_stderr: Vec::new(),
+        cross_axis_stderr: Vec::new(),
+        norm_stderr: Vec::new(),
+        contribution: Vec::new(),
+        ablation: Vec::new(),
+        logit_lens: Vec::new(),
+        confidence: Vec::new(),
+        samples_asked: 64,
+        stopped_early: false,
     }
 }
 
@@ -112,7 +123,14 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
     Findings {
         spec: JobSpec::read(spec).unwrap(),
         model_digest: "cd".repeat(32),
-        selection: LayerSelection { dropped, strategy: Strategy::BlockEndpoint, score, candidates },
+        selection: LayerSelection {
+            dropped,
+            strategy: Strategy::BlockEndpoint,
+            score,
+            candidates,
+            considered: Vec::new(),
+            compared: Vec::new(),
+        },
         profile,
         pruned: checkpoint("pruned"),
         heal: if heal { vec![healing] } else { Vec::new() },
