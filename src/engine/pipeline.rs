@@ -10,7 +10,7 @@ use super::data::{self, Purpose, Wanted, items};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
-use super::report::{Findings, page};
+use super::report::{Findings, page, plots};
 use super::select::{Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
@@ -22,6 +22,8 @@ use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
+/// Directory of a workspace with the report's plots.
+const PLOTS: &str = "plots";
 
 /// One run of one job.
 pub struct Run<'a> {
@@ -336,7 +338,12 @@ impl Run<'_> {
         let report = findings.report();
         let recorded = workspace.once(cx, &report, |_| {
             write_atomic(&workspace.dir().join("report.html"), page(&report, stages).as_bytes())?;
-            Ok((report.clone(), vec!["report.html".to_owned()]))
+            let part = workspace.part(PLOTS)?;
+            for (name, svg) in plots(&report) {
+                write_atomic(&part.join(name), svg.as_bytes())?;
+            }
+            workspace.publish(&part, PLOTS)?;
+            Ok((report.clone(), vec!["report.html".to_owned(), PLOTS.to_owned()]))
         })?;
         Ok(recorded.value)
     }

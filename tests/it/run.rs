@@ -220,6 +220,32 @@ const fn spec_zones(needed: f64, redundant: f64) -> Zones {
 }
 
 #[test]
+fn strategies_compared_come_with_a_chart() {
+    let bench = Bench::new(&Tiny::llama());
+    let prune = json!({
+        "amount": {"layers": 2}, "strategy": "block_endpoint", "compare": ["greedy_damage", "auto"],
+        "damage": {"samples": 4}
+    });
+    let mut spec = bench.spec_with("/prune", prune);
+    spec["heal"] = json!([]);
+    spec["calibration"]["ablation"] = json!(true);
+    bench.succeed(&spec, "out", &[]);
+    let chosen = selection(&bench);
+    let names: Vec<&str> = chosen.compared.iter().map(|c| c.strategy.name()).collect();
+    assert_eq!(names, ["block_endpoint", "greedy_damage", "auto"]);
+    assert!(chosen.compared[2].damage <= chosen.compared[0].damage, "auto weighs that cut, too");
+    let plots = tree(&bench.path("out/plots"));
+    let mut files: Vec<&str> = plots.iter().map(|(path, _)| path.to_str().unwrap()).collect();
+    files.sort_unstable();
+    assert_eq!(files, ["criticality.svg", "heat_map.svg", "profile_curve.svg", "strategies.svg"]);
+    let html = fs::read_to_string(bench.path("out/report.html")).unwrap();
+    assert!(html.contains("Why these layers") && html.contains("How much each layer is missed"));
+    // Without a comparison the chart goes, too.
+    bench.succeed(&bench.spec_with("/heal", json!([])), "out", &[]);
+    assert!(!bench.path("out/plots/strategies.svg").exists());
+}
+
+#[test]
 fn nothing_healed_is_left_beside_a_cut_it_does_not_belong_to() {
     let bench = Bench::new(&Tiny::llama());
     bench.succeed(&bench.spec(), "out", &["--until", "heal"]);
