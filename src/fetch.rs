@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::job::progress::Observer;
 use crate::job::report::{Failure, FailureKind};
-use crate::job::spec::{Corpus, HealMethod, JobSpec, ModelSource};
+use crate::job::spec::{Corpus, JobSpec, ModelSource};
 
 /// The same spec, with a local path in place of everything that had to be fetched.
 ///
@@ -14,10 +14,7 @@ use crate::job::spec::{Corpus, HealMethod, JobSpec, ModelSource};
 pub fn localize(spec: &JobSpec, observer: &dyn Observer) -> Result<JobSpec, Failure> {
     let mut local = spec.clone();
     local.model = ModelSource::Path { path: model(&spec.model, observer)? };
-    let heal = local.heal.iter_mut().map(|HealMethod::Qlora(q)| &mut q.corpus);
-    let tasks = local.eval.tasks.iter_mut().map(|t| &mut t.items);
-    let calibration = std::iter::once(&mut local.calibration.corpus);
-    for corpus in calibration.chain(heal).chain(&mut local.eval.perplexity).chain(tasks) {
+    for (_, corpus) in local.corpora_mut() {
         if let Corpus::Path { path } = corpus {
             check_file(path)?;
         } else if let Corpus::Hub { repo, revision, file } = corpus {

@@ -131,6 +131,13 @@ pub struct WorkArgs {
     /// A device to run jobs on; give it again for another worker.
     #[arg(long = "device", value_name = "DEVICE", default_value = "cpu")]
     pub devices: Vec<String>,
+    /// Threads that a job computes with; all cores when absent. With several workers on one machine, give each
+    /// its share.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Memory that a job works in, such as `12GiB`; three quarters of what is free when absent.
+    #[arg(long, value_name = "SIZE", value_parser = super::process::bytes)]
+    memory_limit: Option<u64>,
     /// How long a lease lives without a heartbeat.
     #[arg(long, hide = true, env = "SECATEUR_LEASE_TTL_MS", default_value_t = 60_000)]
     lease_ttl_ms: u64,
@@ -152,6 +159,12 @@ impl WorkArgs {
         settings.poll = (settings.ttl / 12).min(Duration::from_secs(5));
         settings.stop_grace = Duration::from_millis(self.stop_grace_ms);
         settings.limits.backoff = Duration::from_millis(self.backoff_ms);
+        let flag = |name: &str, value: Option<u64>| {
+            value.map(|value| [name.into(), value.to_string().into()]).into_iter().flatten()
+        };
+        settings.flags = flag("--threads", self.threads.map(u64::from))
+            .chain(flag("--memory-limit", self.memory_limit))
+            .collect();
         if let Some(program) = &self.child_program {
             settings.program = vec![program.into()];
         }

@@ -1,5 +1,7 @@
 //! The five stages on their own: no HTTP, no SQL, no tokio, no network.
 
+pub mod chance;
+pub mod damage;
 pub mod data;
 pub mod distance;
 pub mod eval;

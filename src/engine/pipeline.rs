@@ -5,21 +5,25 @@ use std::path::Path;
 
 use serde_json::json;
 
+use super::damage::{Accuracy, Damage};
 use super::data::{self, Purpose, Wanted, items};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
-use super::report::{Findings, page};
+use super::report::{Findings, page, plots};
+use super::select::{Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
 use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
-    CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, StageSummary,
+    Ablation, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, StageSummary, Zone,
 };
-use crate::job::spec::{Corpus, HealMethod, JobSpec};
+use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
+/// Directory of a workspace with the report's plots.
+const PLOTS: &str = "plots";
 
 /// One run of one job.
 pub struct Run<'a> {
@@ -54,7 +58,7 @@ impl Run<'_> {
         if self.ends(Stage::Profile, &profile, &mut stages) {
             return Ok(None);
         }
-        let selection = self.select(workspace, &profile.value)?;
+        let selection = self.select(workspace, model_digest, &profile.value)?;
         if self.ends(Stage::Select, &selection, &mut stages) {
             return Ok(None);
         }
@@ -102,13 +106,15 @@ impl Run<'_> {
             spec.heal.iter().map(|HealMethod::Qlora(q)| (&q.corpus, self.heal_seq_len(q), Purpose::Heal));
         let eval = spec.eval.perplexity.iter().map(|c| (c, self.eval_seq_len(), Purpose::Eval));
         let calibration = (&spec.calibration.corpus, self.calibration_seq_len(), Purpose::Calibration);
-        for (corpus, seq_len, purpose) in std::iter::once(calibration).chain(heal).chain(eval) {
+        let measured = spec.prune.measures_damage() || spec.calibration.ablation;
+        let damage = measured.then(|| (self.damage_corpus(), self.damage_seq_len(), Purpose::Calibration));
+        for (corpus, seq_len, purpose) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
             if !matches!(corpus, Corpus::Model { .. }) {
                 let first = Wanted { seq_len, at_most: Some(1), purpose, seed: spec.seed };
                 data::windows(corpus, &first, self.base, self.cx(Stage::Profile))?;
             }
         }
-        for task in &spec.eval.tasks {
+        for task in spec.eval.tasks.iter().chain(&spec.prune.damage.tasks) {
             items::read(&task.items, task.limit)?;
         }
         Ok(())
@@ -128,6 +134,9 @@ impl Run<'_> {
             "seq_len": seq_len,
             "position": spec.position,
             "distance": spec.distance,
+            "confidence": spec.confidence.map(|asked| (asked, self.dropped_at_most())),
+            "logit_lens": spec.logit_lens,
+            "ablation": if spec.ablation { Some((spec.zones, self.damage_inputs(model_digest)?)) } else { None },
         });
         workspace.once(cx, &inputs, |_| {
             if seq_len < spec.seq_len as usize {
@@ -140,15 +149,91 @@ impl Run<'_> {
                 seed: self.local.seed,
             };
             let windows = data::windows(&spec.corpus, &wanted, self.base, cx)?;
-            Ok((profile::profile(self.base, &windows.ids, spec, cx)?, Vec::new()))
+            let mut profile =
+                profile::profile(self.base, &windows.ids, spec, self.dropped_at_most() as usize, cx)?;
+            if spec.ablation {
+                profile.ablation = self.ablation(cx)?;
+            }
+            Ok((profile, Vec::new()))
         })
     }
 
-    fn select(&self, workspace: &Workspace, profile: &LayerProfile) -> Result<Recorded<LayerSelection>> {
-        let spec = &self.local.prune;
-        workspace.once(self.cx(Stage::Select), &(profile, spec), |_| {
-            Ok((select::select(profile, spec)?, Vec::new()))
+    fn select(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        profile: &LayerProfile,
+    ) -> Result<Recorded<LayerSelection>> {
+        let (cx, spec) = (self.cx(Stage::Select), &self.local.prune);
+        let (damage, accuracy) = (spec.measures_damage(), spec.measures_accuracy());
+        // What is not measured is no part of this, however it would have been measured.
+        let mut asked = spec.clone();
+        asked.damage = DamageSpec::default();
+        let inputs = json!({
+            "profile": profile,
+            "spec": asked,
+            "measured": if damage || accuracy { Some(self.damage_inputs(model_digest)?) } else { None },
+        });
+        workspace.once(cx, &inputs, |_| {
+            let mut damage = if damage { Some(self.damage(cx)?) } else { None };
+            let mut accuracy = if accuracy { Some(self.accuracy(cx)?) } else { None };
+            let oracles = Oracles {
+                damage: damage.as_mut().map(|oracle| oracle as &mut dyn Oracle),
+                accuracy: accuracy.as_mut().map(|oracle| oracle as &mut dyn Oracle),
+            };
+            let mut tell = |search: &str, done: u64, total: u64| {
+                cx.advanced(&format!("measuring damage: {search}"), done, total, "sets of layers")
+            };
+            Ok((select::select(profile, spec, self.local.seed, oracles, &mut tell)?, Vec::new()))
         })
+    }
+
+    /// The damage of leaving out each layer by itself.
+    fn ablation(&self, cx: Cx) -> Result<Vec<Ablation>> {
+        let mut oracle = self.damage(cx)?;
+        let singles: Vec<Vec<u32>> = (0..self.base.config().layer_count as u32).map(|l| vec![l]).collect();
+        let total = singles.len() as u64;
+        let mut tell = |done: usize| cx.advanced("leaving out each layer", done as u64, total, "layers");
+        let damages = oracle.measure(&singles, oracle.windows(), &mut tell)?;
+        let zones = &self.local.calibration.zones;
+        let layer = |damage: f64| Ablation { damage, stderr: 0.0, zone: Zone::of(damage, zones) };
+        Ok(damages.into_iter().map(layer).collect())
+    }
+
+    /// What measured damage depends on.
+    fn damage_inputs(&self, model_digest: &str) -> Result<serde_json::Value> {
+        let mut spec = self.local.prune.damage.clone();
+        spec.corpus = Some(by_content(self.damage_corpus())?);
+        spec.seq_len = Some(self.damage_seq_len() as u32);
+        for task in &mut spec.tasks {
+            task.items = by_content(&task.items)?;
+        }
+        Ok(json!({
+            "model": model_digest,
+            "compute": self.compute.name(),
+            "seed": self.local.seed,
+            "spec": spec,
+        }))
+    }
+
+    fn damage<'a>(&self, cx: Cx<'a>) -> Result<Damage<'a>> {
+        let spec = &self.local.prune.damage;
+        let wanted = Wanted {
+            seq_len: self.damage_seq_len(),
+            at_most: Some(spec.samples as usize),
+            purpose: Purpose::Calibration,
+            seed: self.local.seed,
+        };
+        let windows = data::windows(self.damage_corpus(), &wanted, self.base, cx)?;
+        Damage::open(self.base, windows.ids, spec, cx)
+    }
+
+    fn accuracy<'a>(&self, cx: Cx<'a>) -> Result<Accuracy<'a>> {
+        let mut all = Vec::new();
+        for task in &self.local.prune.damage.tasks {
+            all.extend(items::read(&task.items, task.limit)?);
+        }
+        Accuracy::open(self.base, all, cx)
     }
 
     fn prune(
@@ -254,7 +339,12 @@ impl Run<'_> {
         let report = findings.report();
         let recorded = workspace.once(cx, &report, |_| {
             write_atomic(&workspace.dir().join("report.html"), page(&report, stages).as_bytes())?;
-            Ok((report.clone(), vec!["report.html".to_owned()]))
+            let part = workspace.part(PLOTS)?;
+            for (name, svg) in plots(&report) {
+                write_atomic(&part.join(name), svg.as_bytes())?;
+            }
+            workspace.publish(&part, PLOTS)?;
+            Ok((report.clone(), vec!["report.html".to_owned(), PLOTS.to_owned()]))
         })?;
         Ok(recorded.value)
     }
@@ -273,6 +363,16 @@ impl Run<'_> {
         (self.local.calibration.seq_len as usize).min(self.base.config().max_position_embeddings)
     }
 
+    fn damage_corpus(&self) -> &Corpus {
+        let spec = &self.local.prune.damage;
+        spec.corpus.as_ref().unwrap_or(&self.local.calibration.corpus)
+    }
+
+    fn damage_seq_len(&self) -> usize {
+        let asked = self.local.prune.damage.seq_len.unwrap_or(self.local.calibration.seq_len);
+        (asked as usize).min(self.base.config().max_position_embeddings)
+    }
+
     fn eval_seq_len(&self) -> usize {
         (self.local.eval.seq_len as usize).min(self.base.config().max_position_embeddings)
     }
@@ -283,12 +383,7 @@ impl Run<'_> {
     }
 
     fn dropped_at_most(&self) -> u32 {
-        let prune = &self.local.prune;
-        let layer_count = self.base.config().layer_count as u32;
-        prune
-            .layers
-            .as_ref()
-            .map_or_else(|| prune.amount.map_or(1, |a| a.layers(layer_count)), |layers| layers.len() as u32)
+        self.local.prune.layers_to_drop(self.base.config().layer_count as u32).unwrap_or(1)
     }
 }
 

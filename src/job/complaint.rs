@@ -68,8 +68,9 @@ impl JobSpec {
 fn explains(shape: &str, rule: &str) -> bool {
     let below =
         |a: &str, b: &str| b.strip_prefix(a).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    // What may be said of amount and layers hangs on the strategy.
-    below(shape, rule) || below(rule, shape) || shape == "/prune/strategy" && below("/prune", rule)
+    // What may be said of amount, layers and tasks hangs on the strategies.
+    let strategy = shape == "/prune/strategy" || below("/prune/compare", shape);
+    below(shape, rule) || below(rule, shape) || strategy && below("/prune", rule)
 }
 
 fn parse(value: &Value) -> Result<JobSpec, Complaint> {
@@ -98,9 +99,18 @@ mod tests {
             "model": {"from": "hub", "repo": "org/name", "revision": "main"},
             "calibration": {
                 "corpus": {"from": "hub", "repo": "allenai/c4", "file": "a/b.jsonl", "revision": "main"},
-                "samples": 4, "seq_len": 16, "position": "mean", "distance": "cosine", "batch_size": 2
+                "samples": 4, "seq_len": 16, "position": "mean", "distance": "cosine", "batch_size": 2,
+                "confidence": 0.95, "ablation": true, "zones": {"needed": 3.5, "redundant": 0.01}, "logit_lens": true
             },
-            "prune": {"amount": {"fraction": 0.3}, "strategy": "block_sum", "keep_first": 1, "keep_last": 2},
+            "prune": {
+                "amount": {"fraction": 0.3}, "strategy": "block_sum", "compare": ["task_accuracy"], "keep_first": 1,
+                "keep_last": 2,
+                "damage": {
+                    "corpus": {"from": "text", "text": "words"}, "samples": 4, "seq_len": 16, "measure": "kl", "top_k": 8,
+                    "max_evaluations": 50, "max_tokens": 5000, "beam": 2, "layers_per_round": 3, "population": 4,
+                    "generations": 5, "tasks": [{"task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3}]
+                }
+            },
             "heal": [{
                 "method": "qlora", "corpus": {"from": "model", "tokens": 5}, "rank": 8, "alpha": 8.5, "dropout": 0.1,
                 "targets": ["up_proj"], "bits": 8, "learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 1,
@@ -151,7 +161,12 @@ mod tests {
             let mut spec = full();
             *spec.pointer_mut(&at).unwrap() = json!([true]);
             let expected = match at.as_str() {
-                "/eval/perplexity" | "/eval/tasks" | "/heal" | "/heal/0/targets" => format!("{at}/0"),
+                "/eval/perplexity"
+                | "/eval/tasks"
+                | "/heal"
+                | "/heal/0/targets"
+                | "/prune/compare"
+                | "/prune/damage/tasks" => format!("{at}/0"),
                 _ => at,
             };
             assert_eq!(pointers(spec), [expected]);
@@ -209,7 +224,11 @@ mod tests {
             "/model",
             "/calibration",
             "/calibration/corpus",
+            "/calibration/zones",
             "/prune",
+            "/prune/damage",
+            "/prune/damage/corpus",
+            "/prune/damage/tasks/0",
             "/heal/0",
             "/heal/0/corpus",
             "/heal/1",

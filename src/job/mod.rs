@@ -7,6 +7,7 @@
 pub mod complaint;
 pub mod preset;
 pub mod progress;
+pub mod prune;
 pub mod report;
 pub mod rules;
 pub mod shape;

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::preset::QloraSettings;
 use super::progress::Stage;
-use super::spec::{JobSpec, Strategy, TokenPosition};
+use super::spec::{JobSpec, Strategy, TokenPosition, Zones};
 
 /// A run of layers `start..start + len`, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -47,6 +47,38 @@ pub struct LayerProfile {
     pub relative_magnitude: Vec<f64>,
     /// Mean norm of the stream entering each layer, and of the one leaving the last.
     pub norm: Vec<f64>,
+    /// The larger z-score of `influence` and `relative_magnitude`, of each layer.
+    #[serde(default)]
+    pub cross_axis: Vec<f64>,
+    /// Standard errors over samples, each of the shape of what it is named after.
+    #[serde(default)]
+    pub influence_stderr: Vec<f64>,
+    #[serde(default)]
+    pub relative_magnitude_stderr: Vec<f64>,
+    #[serde(default)]
+    pub cross_axis_stderr: Vec<f64>,
+    #[serde(default)]
+    pub norm_stderr: Vec<f64>,
+    /// How much each layer adds to the stream, attention and MLP apart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub contribution: Vec<Contribution>,
+    /// What leaving out each single layer does; empty unless asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ablation: Vec<Ablation>,
+    /// What the head reads from the stream entering each layer, and from the one leaving the last; empty unless
+    /// asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logit_lens: Vec<LensReading>,
+    /// `confidence[n-1]`: how sure it is that the nearest block of `n` layers is the nearest, from the standard
+    /// error of its difference to the runner-up; in `[0.5, 1]`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub confidence: Vec<f64>,
+    /// Windows that were asked for.
+    #[serde(default)]
+    pub samples_asked: u32,
+    /// Sampling ended before all windows were read, because the nearest block was sure enough.
+    #[serde(default)]
+    pub stopped_early: bool,
 }
 
 impl LayerProfile {
@@ -58,6 +90,71 @@ impl LayerProfile {
     pub fn distance(&self, block: Block) -> f64 {
         self.by_len[block.len as usize - 1][block.start as usize]
     }
+}
+
+/// `max(z(a), z(b))` of each layer: low where both are low (arXiv 2609.02083). A value that is the same for all
+/// layers tells nothing and counts as 0.
+#[must_use]
+pub fn cross_axis(a: &[f64], b: &[f64]) -> Vec<f64> {
+    let z = |values: &[f64]| -> Vec<f64> {
+        let count = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / count;
+        let spread = (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / count).sqrt();
+        values.iter().map(|v| if spread > 0.0 { (v - mean) / spread } else { 0.0 }).collect()
+    };
+    z(a).into_iter().zip(z(b)).map(|(a, b)| a.max(b)).collect()
+}
+
+/// Mean norm of what the halves of a layer add to the stream, relative to the stream they add it to
+/// (the review, section 5.1).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Contribution {
+    pub attention: f64,
+    pub mlp: f64,
+    pub attention_stderr: f64,
+    pub mlp_stderr: f64,
+}
+
+/// What leaving out one layer does.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Ablation {
+    /// In nats per token, above the intact model.
+    pub damage: f64,
+    /// Over windows; 0 where it is not known.
+    #[serde(default)]
+    pub stderr: f64,
+    pub zone: Zone,
+}
+
+/// How much a layer is missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Zone {
+    Needed,
+    Mixed,
+    Redundant,
+}
+
+impl Zone {
+    #[must_use]
+    pub fn of(damage: f64, bounds: &Zones) -> Self {
+        if damage >= bounds.needed {
+            Self::Needed
+        } else if damage > bounds.redundant {
+            Self::Mixed
+        } else {
+            Self::Redundant
+        }
+    }
+}
+
+/// What the head reads from the stream at one seam.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LensReading {
+    /// Negative log-likelihood per token, in nats.
+    pub loss: f64,
+    /// Share of tokens where the likeliest next token is the whole model's.
+    pub agreement: f64,
 }
 
 /// A block that could have been dropped, and its score (less is better).
@@ -77,6 +174,59 @@ pub struct LayerSelection {
     pub score: f64,
     /// All places where the block, or the single layer, could have been.
     pub candidates: Vec<Candidate>,
+    /// `auto`: every cut it weighed, the chosen one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub considered: Vec<Considered>,
+    /// What each strategy that ran would drop, the one that decided first; empty where nothing was measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub compared: Vec<Compared>,
+}
+
+/// What measuring cost: sets of layers left out, and tokens sent through the model for them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Cost {
+    pub evaluations: u64,
+    pub tokens: u64,
+}
+
+/// A cut that `auto` weighed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Considered {
+    /// The strategies whose cut it is.
+    pub strategies: Vec<Strategy>,
+    /// Ascending, from 0.
+    pub dropped: Vec<u32>,
+    /// In nats per token; absent where the budget had ended.
+    pub damage: Option<f64>,
+    pub cost: Cost,
+    /// Why it was taken or not, for a person.
+    pub why: String,
+}
+
+/// What one strategy would drop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Compared {
+    pub strategy: Strategy,
+    /// Ascending, from 0.
+    pub dropped: Vec<u32>,
+    /// Of `dropped`, in nats per token; absent where damage was not measured.
+    pub damage: Option<f64>,
+    /// The strategy's cuts of fewer layers and their damage, ascending by layers; the last one is `dropped`. Whole
+    /// where strategies are compared, else what the search came by.
+    pub path: Vec<Step>,
+    /// What the strategy measured to choose; the same whatever it is compared with.
+    pub cost: Cost,
+    /// The search ended with its budget: this is the best so far.
+    pub budget_exhausted: bool,
+}
+
+/// A cut on the way to the one that was asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Step {
+    /// Ascending, from 0.
+    pub dropped: Vec<u32>,
+    /// In nats per token.
+    pub damage: f64,
 }
 
 /// A checkpoint a stage wrote, named so that a later stage can trust it.

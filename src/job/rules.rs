@@ -1,7 +1,10 @@
 //! The rules a spec must keep, beyond its shape.
 
 use super::complaint::Complaint;
-use super::spec::{Corpus, HealMethod, JobSpec, ModelSource, PruneAmount, QloraSpec, Strategy};
+use super::spec::{
+    CalibrationSpec, Corpus, DamageSpec, HealMethod, JobSpec, ModelSource, PruneAmount, QloraSpec, Strategy,
+    TaskSpec,
+};
 
 /// Longest window and largest counts accepted: beyond any model in the field,
 /// small enough that no product of them overflows.
@@ -21,7 +24,10 @@ impl JobSpec {
         out.range("/calibration/samples", c.samples, 1, MAX_COUNT);
         out.range("/calibration/seq_len", c.seq_len, 2, MAX_SEQ_LEN);
         out.range("/calibration/batch_size", c.batch_size, 1, 4096);
+        check_criticality(c, &mut out);
         self.check_prune(&mut out);
+        self.check_strategies(&mut out);
+        check_damage(&self.prune.damage, &mut out);
         for (i, HealMethod::Qlora(q)) in self.heal.iter().enumerate() {
             check_qlora(q, &format!("/heal/{i}"), &mut out);
         }
@@ -50,14 +56,16 @@ impl JobSpec {
                     format!("at least one of the model's {layer_count} layers must stay"),
                 );
             }
-        } else if let Some(amount) = p.amount {
-            let n = amount.layers(layer_count);
-            let free = layer_count.saturating_sub(p.keep_first).saturating_sub(p.keep_last);
+        }
+        let bound = p.strategy != Strategy::Explicit || !p.compare.is_empty();
+        if let (true, Some(n)) = (bound, p.layers_to_drop(layer_count)) {
+            let (first, last) = (p.keep_first, p.keep_last);
+            let free = layer_count.saturating_sub(first).saturating_sub(last);
             let most = free.min(layer_count.saturating_sub(1));
             if n > most {
-                let (first, last) = (p.keep_first, p.keep_last);
+                let at = if p.strategy == Strategy::Explicit { "/prune/compare" } else { "/prune/amount" };
                 out.add(
-                    "/prune/amount",
+                    at,
                     format!(
                         "asks for {n} layers, but of the model's {layer_count} at most {most} may go \
                          (keep_first {first}, keep_last {last})"
@@ -130,6 +138,25 @@ impl JobSpec {
         out.range("/prune/keep_last", p.keep_last, 0, MAX_COUNT);
     }
 
+    fn check_strategies(&self, out: &mut Complaints) {
+        let p = &self.prune;
+        for (i, strategy) in p.compare.iter().enumerate() {
+            let at = format!("/prune/compare/{i}");
+            if *strategy == Strategy::Explicit {
+                out.add(&at, "chooses nothing; name it as `strategy` and compare others with it");
+            } else if p.compare[..i].contains(strategy) {
+                out.add(&at, format!("`{}` is there already; name each strategy once", strategy.name()));
+            }
+        }
+        if p.measures_accuracy() && p.damage.tasks.is_empty() {
+            out.add(
+                "/prune/damage/tasks",
+                "\"task_accuracy\" needs items to answer, e.g. \
+                 [{\"task\": \"boolq\", \"items\": {\"from\": \"path\", \"path\": \"boolq.jsonl\"}}]",
+            );
+        }
+    }
+
     fn check_eval(&self, out: &mut Complaints) {
         out.range("/eval/seq_len", self.eval.seq_len, 2, MAX_SEQ_LEN);
         for (i, corpus) in self.eval.perplexity.iter().enumerate() {
@@ -137,28 +164,7 @@ impl JobSpec {
             check_corpus(corpus, &at, out);
             self.check_leak(corpus, &at, out);
         }
-        for (i, task) in self.eval.tasks.iter().enumerate() {
-            let at = format!("/eval/tasks/{i}");
-            if task.task.is_empty() || task.task.len() > 100 {
-                out.add(&format!("{at}/task"), "must have 1 to 100 characters");
-            }
-            if self.eval.tasks[..i].iter().any(|t| t.task == task.task) {
-                out.add(
-                    &format!("{at}/task"),
-                    format!("`{}` is there already; names must differ", task.task),
-                );
-            }
-            if task.limit == Some(0) {
-                out.add(&format!("{at}/limit"), "must be at least 1");
-            }
-            check_corpus(&task.items, &format!("{at}/items"), out);
-            if matches!(task.items, Corpus::Model { .. }) {
-                out.add(
-                    &format!("{at}/items"),
-                    "a model cannot write evaluation items; use \"path\" or \"text\"",
-                );
-            }
-        }
+        check_tasks(&self.eval.tasks, "/eval/tasks", out);
     }
 
     /// Healing on the text that judges the healing would flatter it.
@@ -187,6 +193,67 @@ impl Complaints {
     fn positive(&mut self, pointer: &str, value: Option<f64>, high: f64) {
         if value.is_some_and(|v| !(v > 0.0 && v <= high)) {
             self.add(pointer, format!("must be more than 0 and at most {high}"));
+        }
+    }
+}
+
+fn check_criticality(c: &CalibrationSpec, out: &mut Complaints) {
+    if c.confidence.is_some_and(|c| !(c > 0.5 && c < 1.0)) {
+        out.add("/calibration/confidence", "must be more than 0.5 and less than 1, e.g. 0.95");
+    }
+    let z = &c.zones;
+    if !(z.needed.is_finite() && z.redundant.is_finite()) || z.redundant > z.needed {
+        out.add(
+            "/calibration/zones",
+            format!("`redundant` ({}) must not be more than `needed` ({})", z.redundant, z.needed),
+        );
+    }
+}
+
+fn check_damage(d: &DamageSpec, out: &mut Complaints) {
+    let at = |name: &str| format!("/prune/damage/{name}");
+    if let Some(corpus) = &d.corpus {
+        check_corpus(corpus, &at("corpus"), out);
+    }
+    let counts = [
+        ("samples", Some(d.samples), 1, MAX_COUNT),
+        ("seq_len", d.seq_len, 2, MAX_SEQ_LEN),
+        ("top_k", Some(d.top_k), 1, MAX_COUNT),
+        ("max_evaluations", d.max_evaluations, 1, u32::MAX),
+        ("beam", Some(d.beam), 1, 4096),
+        ("layers_per_round", Some(d.layers_per_round), 1, MAX_COUNT),
+        ("population", Some(d.population), 1, 4096),
+        ("generations", Some(d.generations), 1, MAX_COUNT),
+    ];
+    for (name, value, low, high) in counts {
+        if let Some(value) = value {
+            out.range(&at(name), value, low, high);
+        }
+    }
+    if d.max_tokens == Some(0) {
+        out.add(&at("max_tokens"), "must be at least 1");
+    }
+    check_tasks(&d.tasks, &at("tasks"), out);
+}
+
+fn check_tasks(tasks: &[TaskSpec], at: &str, out: &mut Complaints) {
+    for (i, task) in tasks.iter().enumerate() {
+        let at = format!("{at}/{i}");
+        if task.task.is_empty() || task.task.len() > 100 {
+            out.add(&format!("{at}/task"), "must have 1 to 100 characters");
+        }
+        if tasks[..i].iter().any(|t| t.task == task.task) {
+            out.add(&format!("{at}/task"), format!("`{}` is there already; names must differ", task.task));
+        }
+        if task.limit == Some(0) {
+            out.add(&format!("{at}/limit"), "must be at least 1");
+        }
+        check_corpus(&task.items, &format!("{at}/items"), out);
+        if matches!(task.items, Corpus::Model { .. }) {
+            out.add(
+                &format!("{at}/items"),
+                "a model cannot write evaluation items; use \"path\" or \"text\"",
+            );
         }
     }
 }

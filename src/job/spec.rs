@@ -9,6 +9,8 @@ use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 use uuid::Uuid;
 
+pub use super::prune::{DamageMeasure, DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
+
 /// One pruning job, as a person writes it. Everything but `model` and
 /// `prune.amount` has a default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -37,6 +39,28 @@ pub struct JobSpec {
     /// Seeds everything that is drawn at random: same seed, same bytes.
     #[serde(default)]
     pub seed: u64,
+}
+
+impl JobSpec {
+    /// Every corpus of the spec and its place, as a JSON pointer.
+    pub fn corpora_mut(&mut self) -> Vec<(String, &mut Corpus)> {
+        let mut all = vec![("/calibration/corpus".to_string(), &mut self.calibration.corpus)];
+        let damage = &mut self.prune.damage;
+        all.extend(damage.corpus.as_mut().map(|corpus| ("/prune/damage/corpus".to_string(), corpus)));
+        all.extend(items_of(&mut damage.tasks, "/prune/damage/tasks"));
+        for (i, HealMethod::Qlora(qlora)) in self.heal.iter_mut().enumerate() {
+            all.push((format!("/heal/{i}/corpus"), &mut qlora.corpus));
+        }
+        let texts = self.eval.perplexity.iter_mut().enumerate();
+        all.extend(texts.map(|(i, corpus)| (format!("/eval/perplexity/{i}"), corpus)));
+        all.extend(items_of(&mut self.eval.tasks, "/eval/tasks"));
+        all
+    }
+}
+
+fn items_of<'a>(tasks: &'a mut [TaskSpec], at: &str) -> Vec<(String, &'a mut Corpus)> {
+    let places = tasks.iter_mut().enumerate();
+    places.map(|(i, task)| (format!("{at}/{i}/items"), &mut task.items)).collect()
 }
 
 /// Where unset healing values come from.
@@ -112,6 +136,15 @@ pub struct CalibrationSpec {
     pub distance: Distance,
     /// Windows per forward pass. The result does not depend on it.
     pub batch_size: u32,
+    /// Stop sampling when the nearest block is the nearest with this confidence, e.g. 0.95.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub confidence: Option<f64>,
+    /// Measure the damage of leaving out each single layer, as `prune.damage` says.
+    pub ablation: bool,
+    /// What `ablation` calls needed and what redundant.
+    pub zones: Zones,
+    /// Read the head from the stream entering every layer (the review, section 5.3).
+    pub logit_lens: bool,
 }
 
 impl Default for CalibrationSpec {
@@ -123,7 +156,29 @@ impl Default for CalibrationSpec {
             position: TokenPosition::Last,
             distance: Distance::Angular,
             batch_size: 8,
+            confidence: None,
+            ablation: false,
+            zones: Zones::default(),
+            logit_lens: false,
         }
+    }
+}
+
+/// Bounds on the damage of leaving out one layer, in nats per token; 0.02 is two per cent of perplexity.
+/// A layer between them is mixed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Zones {
+    /// A layer is needed from this damage on.
+    pub needed: f64,
+    /// A layer is redundant up to this damage.
+    pub redundant: f64,
+}
+
+impl Default for Zones {
+    /// The review, section 7.2: one needed layer costs two per cent, half of twenty redundant ones five.
+    fn default() -> Self {
+        Self { needed: 0.02, redundant: 0.005 }
     }
 }
 
@@ -145,66 +200,6 @@ pub enum Distance {
     Angular,
     /// 1 − cos, in `[0, 2]`.
     Cosine,
-}
-
-/// How much to cut and by which rule.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct PruneSpec {
-    /// Required, except with `"strategy": "explicit"`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub amount: Option<PruneAmount>,
-    #[serde(default)]
-    pub strategy: Strategy,
-    /// The layers to drop (from 0), with `"strategy": "explicit"` only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub layers: Option<Vec<u32>>,
-    /// Never drop this many layers at the start. `explicit` is not bound by it.
-    #[serde(default)]
-    pub keep_first: u32,
-    /// Never drop this many layers at the end. `explicit` is not bound by it.
-    #[serde(default = "one")]
-    pub keep_last: u32,
-}
-
-/// How many layers to drop.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum PruneAmount {
-    Layers(u32),
-    /// A share of all layers, rounded down, at least one layer.
-    Fraction(f64),
-}
-
-impl PruneAmount {
-    /// The number of layers to drop of `layer_count`.
-    #[must_use]
-    pub fn layers(self, layer_count: u32) -> u32 {
-        match self {
-            Self::Layers(n) => n,
-            // The small term keeps 0.3 of 10 at three layers: 0.3 * 10 is 2.999… in binary.
-            Self::Fraction(f) => ((f * f64::from(layer_count) + 1e-9).floor() as u32).max(1),
-        }
-    }
-}
-
-/// Which layers go.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Strategy {
-    /// The block whose end stream is nearest to its start stream (the paper, eq. 7).
-    #[default]
-    BlockEndpoint,
-    /// The block with the least sum of adjacent distances (the review, section 4.2).
-    BlockSum,
-    /// The single layers of least block influence (`ShortGPT`, arXiv 2403.03853).
-    BlockInfluence,
-    /// The single layers that add least to the stream, relative to its norm.
-    RelativeMagnitude,
-    /// The deepest block that `keep_last` allows (the paper, section 4.4).
-    Deepest,
-    /// The layers named in `layers`.
-    Explicit,
 }
 
 /// One way to close the wound.
@@ -368,10 +363,6 @@ pub enum WeightType {
 
 fn main_revision() -> String {
     "main".into()
-}
-
-const fn one() -> u32 {
-    1
 }
 
 fn default_heal() -> Vec<HealMethod> {

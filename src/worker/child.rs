@@ -94,6 +94,7 @@ fn spawn(worker: &Worker, workspace: &Path) -> io::Result<Child> {
         .args(words)
         .args(["run", "-", "--events", "jsonl", "--device", &worker.device, "--workspace"])
         .arg(workspace)
+        .args(&worker.settings.flags)
         // It ends itself when this process is gone: nobody would hear it.
         .env("SECATEUR_SUPERVISOR_PID", std::process::id().to_string())
         .env_remove("DATABASE_URL")

@@ -41,6 +41,8 @@ pub struct Settings {
     pub data: PathBuf,
     /// The program that runs an attempt, and words before `run`.
     pub program: Vec<OsString>,
+    /// Flags of `run`: what a child may take of the machine.
+    pub flags: Vec<OsString>,
     /// How long a lease lives without a heartbeat.
     pub ttl: Duration,
     /// How often to look for work when no signal comes.
@@ -58,6 +60,7 @@ impl Settings {
         Ok(Self {
             data,
             program: vec![std::env::current_exe()?.into()],
+            flags: Vec::new(),
             ttl: Duration::from_secs(60),
             poll: Duration::from_secs(5),
             stop_grace: Duration::from_secs(60),

@@ -11,7 +11,7 @@ use crate::service::store::{Store, epoch_prefix};
 
 /// What a run leaves in its workspace for people; all else is its own record.
 const FILES: [&str; 5] = ["profile.json", "selection.json", "eval.json", "report.json", "report.html"];
-const DIRECTORIES: [&str; 4] = ["pruned", "healed", "adapter", "gguf"];
+const DIRECTORIES: [&str; 5] = ["pruned", "healed", "adapter", "gguf", "plots"];
 /// The checkpoints a job may leave, the better one first.
 const CHECKPOINTS: [&str; 2] = ["healed", "pruned"];
 

@@ -66,6 +66,51 @@ async fn more_layers_than_there_are_cannot_be_asked_for() {
 }
 
 #[tokio::test]
+async fn a_search_that_cannot_work_is_refused_with_every_place() {
+    let app = App::start().await;
+    let mut spec = app.spec(6);
+    spec["calibration"] = json!({"confidence": 1.0, "zones": {"needed": 0.01, "redundant": 0.02}});
+    spec["prune"] = json!({
+        "amount": {"layers": 2}, "strategy": "task_accuracy",
+        "compare": ["beam_damage", "explicit", "beam_damage"],
+        "damage": {
+            "samples": 0, "beam": 0, "layers_per_round": 0, "population": 0, "generations": 0, "top_k": 0, "seq_len": 1,
+            "max_evaluations": 0, "max_tokens": 0, "corpus": {"from": "text", "text": " "}
+        }
+    });
+    let body = refused(&app, &spec).await;
+    let mut found = pointers(&body);
+    found.sort_unstable();
+    let damage = [
+        "beam",
+        "corpus/text",
+        "generations",
+        "layers_per_round",
+        "max_evaluations",
+        "max_tokens",
+        "population",
+        "samples",
+        "seq_len",
+        "tasks",
+        "top_k",
+    ];
+    let mut expected = vec!["/calibration/confidence".to_owned(), "/calibration/zones".to_owned()];
+    expected.extend([1, 2].map(|i| format!("/prune/compare/{i}")));
+    expected.extend(damage.map(|name| format!("/prune/damage/{name}")));
+    assert_eq!(found, expected);
+
+    spec["calibration"] = json!({});
+    spec["prune"] = json!({"amount": {"layers": 2}, "compare": ["task_accuracy"]});
+    refused_for(&app, &spec, "/prune/damage/tasks", "items").await;
+    let items = json!({"from": "path", "path": app.root().join("missing.jsonl")});
+    spec["prune"]["damage"] = json!({"tasks": [{"task": "t", "items": items}]});
+    refused_for(&app, &spec, "/prune/damage/tasks/0/items/path", "does not exist").await;
+    spec["prune"] =
+        json!({"strategy": "explicit", "layers": [0, 1, 2, 5], "compare": ["deepest"], "keep_first": 2});
+    refused_for(&app, &spec, "/prune/compare", "at most 3 may go").await;
+}
+
+#[tokio::test]
 async fn nothing_outside_the_roots_is_read_or_told_of() {
     let app = App::start().await;
     let mut spec = app.spec(6);

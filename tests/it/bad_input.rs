@@ -41,6 +41,24 @@ fn more_layers_than_there_are() {
 }
 
 #[test]
+fn a_search_that_cannot_work() {
+    let bench = bench();
+    let beam = bench.spec_with("/prune/damage", json!({"beam": 0}));
+    refused(&bench, &beam, 2, &["/prune/damage/beam", "from 1"]);
+    let tasks = bench.spec_with("/prune/strategy", json!("task_accuracy"));
+    refused(&bench, &tasks, 2, &["/prune/damage/tasks", "items"]);
+    fs::write(bench.path("items.jsonl"), "").unwrap();
+    let items = json!({"from": "path", "path": bench.path("items.jsonl")});
+    let mut empty = tasks;
+    empty["prune"]["damage"] = json!({"tasks": [{"task": "t", "items": items}]});
+    refused(&bench, &empty, 1, &["items.jsonl", "no evaluation items"]);
+    fs::write(bench.path("short.txt"), "too short").unwrap();
+    let corpus = json!({"from": "path", "path": bench.path("short.txt")});
+    let short = bench.spec_with("/prune/damage", json!({"corpus": corpus}));
+    refused(&bench, &short, 1, &["short.txt", "9 tokens", "seq_len"]);
+}
+
+#[test]
 fn all_complaints_about_a_spec_at_once_each_with_its_place() {
     let bench = bench();
     let mut spec = bench.spec();

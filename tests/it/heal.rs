@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{Device, Tensor};
 use safetensors::Dtype;
+use secateur::engine::chance::unit;
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
 use secateur::engine::heal::{Trained, Windows, train};
-use secateur::engine::model::lora::unit;
 use secateur::engine::model::{Checkpoint, Compute, Decoder};
 use secateur::engine::{Cx, Error};
 use secateur::job::preset::QloraSettings;

@@ -19,6 +19,8 @@ mod bad_input;
 mod checkpoint;
 #[cfg(feature = "engine")]
 mod corpus;
+#[cfg(feature = "engine")]
+mod damage;
 #[cfg(feature = "service")]
 mod db;
 #[cfg(feature = "engine")]

@@ -2,6 +2,7 @@
 
 use std::f64::consts::PI;
 
+use secateur::engine::eval::loglikelihood::{Request, likelihoods};
 use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::engine::profile::profile;
 use secateur::job::progress::{Event, Stage};
@@ -16,7 +17,7 @@ fn spec(position: TokenPosition) -> CalibrationSpec {
 }
 
 fn measure(rig: &Rig, base: &Checkpoint, windows: &[Vec<u32>], spec: &CalibrationSpec) -> LayerProfile {
-    profile(base, windows, spec, rig.cx(Stage::Profile)).unwrap()
+    profile(base, windows, spec, 1, rig.cx(Stage::Profile)).unwrap()
 }
 
 /// Streams of one window at every seam, `[seam][token][h]`.
@@ -155,6 +156,65 @@ fn a_stream_that_overflows_names_the_layer() {
         }
     });
     let base = Checkpoint::open(&dir).unwrap();
-    let error = profile(&base, &windows(2, 16), &spec(TokenPosition::Last), rig.cx(Stage::Profile));
+    let error = profile(&base, &windows(2, 16), &spec(TokenPosition::Last), 1, rig.cx(Stage::Profile));
     assert!(error.unwrap_err().to_string().contains("layer 3"));
+}
+
+#[test]
+fn halves_of_a_layer_are_told_apart_and_an_idle_one_adds_nothing() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny { identity: vec![3], ..Tiny::llama() });
+    let windows = windows(4, 32);
+    for position in [TokenPosition::Last, TokenPosition::Mean] {
+        let measured = measure(&rig, &base, &windows, &spec(position));
+        assert_eq!(measured.contribution.len(), 6);
+        for (l, added) in measured.contribution.iter().enumerate() {
+            let idle = l == 3;
+            assert_eq!(
+                (added.attention < 1e-6, added.mlp < 1e-6),
+                (idle, idle),
+                "{position:?} {l} {added:?}"
+            );
+        }
+        // What a layer adds in all is at most what its halves do.
+        let bound = |l: usize| {
+            let added = measured.contribution[l];
+            added.attention + added.mlp * (1.0 + added.attention)
+        };
+        assert!((0..6).all(|l| measured.relative_magnitude[l] < bound(l) * 1.5 + 1e-6));
+    }
+}
+
+#[test]
+fn the_lens_ends_where_the_model_does() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    let windows = windows(4, 32);
+    let asked = CalibrationSpec { logit_lens: true, ..spec(TokenPosition::Last) };
+    let lens = measure(&rig, &base, &windows, &asked).logit_lens;
+    assert_eq!(lens.len(), 7);
+    assert_eq!(lens[6].agreement, 1.0);
+    let requests: Vec<Request> = windows.iter().map(|w| Request { tokens: w.clone(), from: 1 }).collect();
+    let decoder = Decoder::open(&base, &rig.compute).unwrap();
+    let scored = likelihoods(&decoder, &requests, "by hand", rig.cx(Stage::Eval)).unwrap();
+    let tokens: usize = windows.iter().map(|w| w.len() - 1).sum();
+    let loss = -scored.iter().map(|s| s.log_likelihood).sum::<f64>() / tokens as f64;
+    assert!((lens[6].loss - loss).abs() < 1e-5, "{} {loss}", lens[6].loss);
+    assert!(lens[0].agreement < 1.0 && lens[0].loss.is_finite());
+}
+
+#[test]
+fn sampling_ends_when_the_nearest_block_is_sure_enough() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny { identity: vec![3], ..Tiny::llama() });
+    let windows = windows(70, 24);
+    let asked = |confidence| CalibrationSpec { confidence: Some(confidence), ..spec(TokenPosition::Last) };
+    let sure = measure(&rig, &base, &windows, &asked(0.9));
+    assert_eq!((sure.samples, sure.samples_asked, sure.stopped_early), (16, 70, true));
+    assert!(sure.confidence[0] >= 0.9);
+    let whole = measure(&rig, &base, &windows, &spec(TokenPosition::Last));
+    assert_eq!((whole.samples, whole.stopped_early), (70, false));
+    // The first sixteen windows alone come to the same.
+    let first = measure(&rig, &base, &windows[..16], &spec(TokenPosition::Last));
+    assert_eq!(sure.by_len, first.by_len);
 }

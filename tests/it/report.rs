@@ -2,12 +2,13 @@
 
 use std::fs;
 
-use secateur::engine::report::{Findings, comparison, page, verdict};
+use secateur::engine::report::{Findings, comparison, page, plots, verdict};
 use secateur::job::preset::ModelFacts;
 use secateur::job::progress::Stage;
 use secateur::job::report::{
-    Candidate, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, LossPoint, Perplexity,
-    Report, Scores, Speed, StageSummary, TaskScore,
+    Ablation, Candidate, CheckpointRef, Compared, Considered, Cost, EvalReport, HealReport, LayerProfile,
+    LayerSelection, LensReading, LossPoint, Perplexity, Report, Scores, Speed, StageSummary, Step, TaskScore,
+    Zone,
 };
 use secateur::job::spec::{JobSpec, Preset, QloraSpec, Strategy, TokenPosition};
 use serde_json::json;
@@ -62,6 +63,17 @@ fn profile(layer_count: u32) -> LayerProfile {
         influence: (0..layer_count).map(step).collect(),
         relative_magnitude: (0..layer_count).map(step).collect(),
         norm: vec![1.0; layer_count as usize + 1],
+        cross_axis: Vec::new(),
+        influence_stderr: Vec::new(),
+        relative_magnitude_stderr: Vec::new(),
+        cross_axis_stderr: Vec::new(),
+        norm_stderr: Vec::new(),
+        contribution: Vec::new(),
+        ablation: Vec::new(),
+        logit_lens: Vec::new(),
+        confidence: Vec::new(),
+        samples_asked: 64,
+        stopped_early: false,
     }
 }
 
@@ -112,7 +124,14 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
     Findings {
         spec: JobSpec::read(spec).unwrap(),
         model_digest: "cd".repeat(32),
-        selection: LayerSelection { dropped, strategy: Strategy::BlockEndpoint, score, candidates },
+        selection: LayerSelection {
+            dropped,
+            strategy: Strategy::BlockEndpoint,
+            score,
+            candidates,
+            considered: Vec::new(),
+            compared: Vec::new(),
+        },
         profile,
         pruned: checkpoint("pruned"),
         heal: if heal { vec![healing] } else { Vec::new() },
@@ -155,6 +174,141 @@ fn the_page_needs_nothing_from_anywhere_and_closes_what_it_opens() {
         let cells = html.matches("fill='#").count();
         assert_eq!(cells, 30 * 31 / 2 + 48, "one cell for every block, and the key");
     }
+}
+
+/// A report of a search: `auto` decided, others were compared, every layer was left out once.
+fn searched() -> Report {
+    let mut report = report("searched", vec![17, 18, 20, 21, 22, 24], false);
+    let own =
+        |l: u32| 0.004 * f64::from(l * 7 % 5) + if l == 0 { 4.2 } else { 0.5 / f64::from(1 + l) - 0.018 };
+    let damage = |set: &[u32]| set.iter().map(|l| own(*l)).sum::<f64>() * (0.8 + 0.2 * set.len() as f64);
+    let zones = report.spec.calibration.zones;
+    let layer = |l| Ablation { damage: own(l), stderr: 0.0, zone: Zone::of(own(l), &zones) };
+    report.profile.ablation = (0..30).map(layer).collect();
+    let reading = |l: u32| LensReading {
+        loss: 3.0 + 7.0 * (-f64::from(l) / 8.0).exp(),
+        agreement: (f64::from(l) / 30.0).powi(3),
+    };
+    report.profile.logit_lens = (0..=30).map(reading).collect();
+    report.profile.confidence = (1..=30).map(|n| 0.5 + 0.5 / f64::from(n)).collect();
+    let compared = |(strategy, last): (Strategy, u32)| {
+        let cut = |n: u32| (0..n).map(|i| last - i * (1 + last % 3)).rev().collect::<Vec<u32>>();
+        let whole = !matches!(strategy, Strategy::Auto | Strategy::EvolutionaryDamage);
+        let counts = if whole { 1..=6 } else { 6..=6 };
+        let path: Vec<Step> = counts.map(|n| Step { damage: damage(&cut(n)), dropped: cut(n) }).collect();
+        Compared {
+            strategy,
+            dropped: cut(6),
+            damage: path.last().map(|step| step.damage),
+            path,
+            cost: Cost { evaluations: 42, tokens: 344_064 },
+            budget_exhausted: strategy == Strategy::BeamDamage,
+        }
+    };
+    let strategies = [
+        (Strategy::Auto, 24),
+        (Strategy::BlockEndpoint, 18),
+        (Strategy::BlockInfluence, 19),
+        (Strategy::RelativeMagnitude, 22),
+        (Strategy::Deepest, 28),
+        (Strategy::OneShotDamage, 17),
+        (Strategy::GreedyDamage, 26),
+        (Strategy::BeamDamage, 27),
+        (Strategy::EvolutionaryDamage, 23),
+        (Strategy::TaskAccuracy, 6),
+    ];
+    let selection = &mut report.selection;
+    (selection.strategy, selection.compared) = (Strategy::Auto, strategies.map(compared).to_vec());
+    let weighed = |(strategies, first, damage, why): (&[Strategy], u32, f64, &str)| Considered {
+        strategies: strategies.to_vec(),
+        dropped: (first..first + 6).collect(),
+        damage: Some(damage),
+        cost: Cost { evaluations: 1, tokens: 8192 },
+        why: why.into(),
+    };
+    selection.considered = [
+        (&[Strategy::BlockInfluence, Strategy::CrossAxis][..], 17, 0.31, "does the least damage of 2 cuts"),
+        (&[Strategy::Deepest][..], 23, 1.72, "does 1.4100 nats per token more damage"),
+    ]
+    .map(weighed)
+    .to_vec();
+    report
+}
+
+#[test]
+fn a_search_is_told_in_tables_and_drawn_in_plots() {
+    let report = searched();
+    let html = page(&report, &stages());
+    fs::write(format!("{}/report-searched.html", env!("CARGO_TARGET_TMPDIR")), &html).unwrap();
+    for told in [
+        "Why these layers",
+        "block_influence, cross_axis",
+        "does 1.4100 nats per token more damage",
+        "ended with its budget",
+        "How much each layer is missed",
+        "What the head reads on the way",
+        "confidence",
+        "layers 17 to 18, 20 to 22, 24",
+    ] {
+        assert!(html.contains(told), "{told}");
+    }
+    for (bars, zone) in [("needed", Zone::Needed), ("mixed", Zone::Mixed), ("redundant", Zone::Redundant)] {
+        let count = report.profile.ablation.iter().filter(|a| a.zone == zone).count();
+        assert!(count > 0 && html.contains(&format!("{bars}: {count}</text>")), "{bars}");
+        assert_eq!(html.matches(&format!("<rect class='{bars}'")).count(), count + 1, "{bars}, and the key");
+    }
+    assert_eq!(html.matches("class='gone'").count(), 6 + 1, "the layers that were cut, and the key");
+    let points: usize = report.selection.compared.iter().map(|c| c.path.len()).sum();
+    assert_eq!(
+        html.matches("<path class='sign").count(),
+        points + 10,
+        "every point, and a name for every line"
+    );
+}
+
+#[test]
+fn plots_stand_alone_as_files_with_title_axes_and_their_own_colours() {
+    let directory = format!("{}/plots", env!("CARGO_TARGET_TMPDIR"));
+    fs::create_dir_all(&directory).unwrap();
+    let all = plots(&searched());
+    let names: Vec<&str> = all.iter().map(|(name, _)| *name).collect();
+    let expected =
+        ["heat_map.svg", "profile_curve.svg", "criticality.svg", "strategies.svg", "logit_lens.svg"];
+    assert_eq!(names, expected);
+    for (name, svg) in all {
+        fs::write(format!("{directory}/{name}"), &svg).unwrap();
+        assert!(svg.starts_with("<svg xmlns='http://www.w3.org/2000/svg'"), "{name}");
+        assert!(!svg.contains("var(--"), "{name}: a colour of the page, which is not there");
+        for wrong in ["NaN", "inf", "<script", "href"] {
+            assert!(!svg.replace("influence", "").contains(wrong), "{name}: {wrong}");
+        }
+        assert!(svg.contains("class='heading'") && svg.contains("rotate(-90)"), "{name}");
+        for tag in ["svg", "g", "rect", "text", "path", "circle", "title"] {
+            let whole = svg.matches(&format!("<{tag} ")).count() + svg.matches(&format!("<{tag}>")).count();
+            assert!(svg.matches(&format!("</{tag}>")).count() <= whole, "{name}: {tag}");
+        }
+    }
+    let plain = plots(&report("x", vec![4], false));
+    assert_eq!(plain.len(), 2, "what was not measured is not drawn");
+}
+
+#[test]
+fn remarks_tell_of_a_better_strategy_and_of_a_search_cut_short() {
+    let mut report = searched();
+    report.selection.compared[0].budget_exhausted = true;
+    let again = Findings {
+        spec: report.spec,
+        model_digest: report.model_digest,
+        profile: report.profile,
+        selection: report.selection,
+        pruned: report.pruned,
+        heal: report.heal,
+        eval: report.eval,
+        files: report.files,
+    };
+    let remarks = again.report().remarks.join("\n");
+    assert!(remarks.contains("ended with its budget after 42 sets"), "{remarks}");
+    assert!(remarks.contains("less damage than auto, which decided"), "{remarks}");
 }
 
 #[test]

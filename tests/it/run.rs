@@ -4,7 +4,8 @@ use std::fs;
 use std::process::Child;
 
 use secateur::job::progress::{Event, Stage};
-use secateur::job::report::Report;
+use secateur::job::report::{LayerProfile, LayerSelection, Report, Zone};
+use secateur::job::spec::{Measures, Zones};
 use serde_json::{Value, json};
 
 use crate::support::program::{Bench, events, finished, stderr, tree};
@@ -132,6 +133,116 @@ fn the_size_of_a_batch_is_no_reason_to_measure_again_but_the_text_is() {
     assert_eq!(finished(&bench.succeed(&moved, "out", &["--until", "profile"])), [(Stage::Profile, true)]);
     fs::copy(bench.path("healing.txt"), bench.path("moved.txt")).unwrap();
     assert_eq!(finished(&bench.succeed(&moved, "out", &["--until", "profile"])), [(Stage::Profile, false)]);
+}
+
+fn selection(bench: &Bench) -> LayerSelection {
+    serde_json::from_slice(&fs::read(bench.path("out/selection.json")).unwrap()).unwrap()
+}
+
+fn measures_damage(told: &[Event]) -> bool {
+    told.iter().any(|e| matches!(e, Event::Advanced { task, .. } if task.starts_with("measuring damage")))
+}
+
+#[test]
+fn every_strategy_runs_and_leaves_what_it_measured() {
+    let bench = Bench::new(&Tiny::llama());
+    let item = |i: usize| json!({"kind": "multiple_choice", "context": format!("{i} is"), "choices": ["odd", "even"], "gold": i % 2});
+    let items: String = (0..8).map(|i| format!("{}\n", item(i))).collect();
+    fs::write(bench.path("items.jsonl"), items).unwrap();
+    let strategies = [
+        "auto",
+        "block_endpoint",
+        "block_sum",
+        "block_influence",
+        "relative_magnitude",
+        "cross_axis",
+        "deepest",
+        "one_shot_damage",
+        "greedy_damage",
+        "beam_damage",
+        "iterative_damage",
+        "evolutionary_damage",
+        "task_accuracy",
+    ];
+    for name in strategies {
+        let tasks = json!([{"task": "t", "items": {"from": "path", "path": bench.path("items.jsonl")}}]);
+        let damage = json!({"samples": 4, "population": 4, "generations": 2, "tasks": tasks});
+        let prune = json!({"amount": {"layers": 2}, "strategy": name, "damage": damage});
+        let told = bench.succeed(&bench.spec_with("/prune", prune), "out", &["--until", "select"]);
+        let chosen = selection(&bench);
+        assert_eq!((chosen.strategy.name(), chosen.dropped.len()), (name, 2));
+        assert!(!chosen.dropped.contains(&5), "{name}: the last layer stays");
+        let measures = chosen.strategy.measures() != Measures::Nothing;
+        assert_eq!(measures_damage(&told), measures, "{name}");
+        assert_eq!(chosen.compared.len(), usize::from(measures), "{name}");
+    }
+}
+
+#[test]
+fn damage_is_measured_again_for_another_text_and_only_by_those_who_measure_it() {
+    let bench = Bench::new(&Tiny::llama());
+    let select = |strategy: &str, samples: u32, text: &str| {
+        let corpus = json!({"from": "path", "path": bench.path(text)});
+        let prune = json!({
+            "amount": {"layers": 2}, "strategy": strategy, "damage": {"samples": samples, "corpus": corpus}
+        });
+        let told = bench.succeed(&bench.spec_with("/prune", prune), "out", &["--until", "select"]);
+        finished(&told)[1]
+    };
+    assert_eq!(select("greedy_damage", 4, "calibration.txt"), (Stage::Select, false));
+    assert_eq!(select("greedy_damage", 4, "calibration.txt"), (Stage::Select, true));
+    assert_eq!(select("greedy_damage", 5, "calibration.txt"), (Stage::Select, false));
+    assert_eq!(select("greedy_damage", 5, "healing.txt"), (Stage::Select, false));
+    assert_eq!(select("block_sum", 5, "healing.txt"), (Stage::Select, false));
+    assert_eq!(select("block_sum", 6, "calibration.txt"), (Stage::Select, true), "it measures nothing");
+}
+
+#[test]
+fn a_profile_with_ablation_tells_how_much_each_layer_is_missed() {
+    let bench = Bench::new(&Tiny { identity: vec![3], ..Tiny::llama() });
+    let mut spec = bench.spec_with("/calibration/ablation", json!(true));
+    spec["calibration"]["zones"] = json!({"needed": 1e-4, "redundant": 1e-5});
+    bench.succeed(&spec, "out", &["--until", "profile"]);
+    let profile: LayerProfile =
+        serde_json::from_slice(&fs::read(bench.path("out/profile.json")).unwrap()).unwrap();
+    assert_eq!(profile.ablation.len(), 6);
+    for (layer, ablation) in profile.ablation.iter().enumerate() {
+        assert_eq!(ablation.damage.abs() < 1e-5, layer == 3, "{layer}: {ablation:?}");
+        assert_eq!(ablation.zone, Zone::of(ablation.damage, &spec_zones(1e-4, 1e-5)));
+    }
+    assert_eq!(profile.ablation[3].zone, Zone::Redundant);
+    let told = bench.succeed(&bench.spec(), "out", &["--until", "profile"]);
+    assert_eq!(finished(&told), [(Stage::Profile, false)], "without ablation it is another profile");
+}
+
+const fn spec_zones(needed: f64, redundant: f64) -> Zones {
+    Zones { needed, redundant }
+}
+
+#[test]
+fn strategies_compared_come_with_a_chart() {
+    let bench = Bench::new(&Tiny::llama());
+    let prune = json!({
+        "amount": {"layers": 2}, "strategy": "block_endpoint", "compare": ["greedy_damage", "auto"],
+        "damage": {"samples": 4}
+    });
+    let mut spec = bench.spec_with("/prune", prune);
+    spec["heal"] = json!([]);
+    spec["calibration"]["ablation"] = json!(true);
+    bench.succeed(&spec, "out", &[]);
+    let chosen = selection(&bench);
+    let names: Vec<&str> = chosen.compared.iter().map(|c| c.strategy.name()).collect();
+    assert_eq!(names, ["block_endpoint", "greedy_damage", "auto"]);
+    assert!(chosen.compared[2].damage <= chosen.compared[0].damage, "auto weighs that cut, too");
+    let plots = tree(&bench.path("out/plots"));
+    let mut files: Vec<&str> = plots.iter().map(|(path, _)| path.to_str().unwrap()).collect();
+    files.sort_unstable();
+    assert_eq!(files, ["criticality.svg", "heat_map.svg", "profile_curve.svg", "strategies.svg"]);
+    let html = fs::read_to_string(bench.path("out/report.html")).unwrap();
+    assert!(html.contains("Why these layers") && html.contains("How much each layer is missed"));
+    // Without a comparison the chart goes, too.
+    bench.succeed(&bench.spec_with("/heal", json!([])), "out", &[]);
+    assert!(!bench.path("out/plots/strategies.svg").exists());
 }
 
 #[test]

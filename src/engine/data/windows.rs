@@ -3,8 +3,8 @@
 use tokenizers::Tokenizer;
 
 use super::corpus::{Piece, label, pieces};
+use crate::engine::chance::stream_key;
 use crate::engine::model::generate::{Writing, write};
-use crate::engine::model::lora::stream_key;
 use crate::engine::model::{Checkpoint, Config, Decoder};
 use crate::engine::{Cx, Error, Result};
 use crate::job::spec::Corpus;

@@ -34,7 +34,7 @@ pub fn likelihoods(decoder: &Decoder, requests: &[Request], task: &str, cx: Cx) 
 }
 
 /// The same for the model without the layers of each cut (see [`carry_cuts`]); `tell` hears how many requests are
-/// done with, `check` is called between layers.
+/// done with, each counted once for each cut, `check` is called between layers.
 pub fn likelihoods_without(
     decoder: &Decoder,
     requests: &[Request],
@@ -42,6 +42,41 @@ pub fn likelihoods_without(
     check: &dyn Fn() -> Result<()>,
     tell: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Vec<Likelihood>>> {
+    let certain = Likelihood { log_likelihood: 0.0, greedy: true };
+    let mut out = vec![vec![certain; requests.len()]; cuts.len()];
+    let mut score = |which: &[usize], scored: &Scored, x: &Tensor| {
+        let targets: Vec<u32> = scored.places.iter().map(|(i, at)| requests[*i].tokens[*at]).collect();
+        for ((request, _), token) in scored.places.iter().zip(decoder.likelihoods(x, &targets)?) {
+            for cut in which {
+                let sum = &mut out[*cut][*request];
+                sum.log_likelihood += token.log_likelihood;
+                sum.greedy &= token.greedy;
+            }
+        }
+        Ok(())
+    };
+    walk(decoder, requests, cuts, check, tell, &mut score)?;
+    Ok(out)
+}
+
+/// Sees cuts that are alike, scored tokens, and the stream behind which each of them stands.
+pub type Score<'a> = &'a mut dyn FnMut(&[usize], &Scored, &Tensor) -> Result<()>;
+
+/// Scored tokens that are read off together: the request of each and its place there.
+pub struct Scored {
+    pub places: Vec<(usize, usize)>,
+}
+
+/// Sends requests through the model without the layers of each cut; `tell` and `check` as above. `score(which, scored, x)` sees the stream
+/// `x [scored, h]` behind which each scored token stands, for the cuts `which`.
+pub fn walk(
+    decoder: &Decoder,
+    requests: &[Request],
+    cuts: &[&[u32]],
+    check: &dyn Fn() -> Result<()>,
+    tell: &mut dyn FnMut(usize) -> Result<()>,
+    score: Score,
+) -> Result<()> {
     // Neighbours have most in common.
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|i| requests[*i].read());
@@ -49,8 +84,7 @@ pub fn likelihoods_without(
     let parts = batches(&texts, decoder.rows_at_once());
     // Where weights do not stay in memory, all go through a layer together.
     let together = if decoder.streamed() { parts.len().max(1) } else { 1 };
-    let certain = Likelihood { log_likelihood: 0.0, greedy: true };
-    let mut out = vec![vec![certain; requests.len()]; cuts.len()];
+    let mut done = 0;
     for parts in parts.chunks(together) {
         let packed: Vec<(Batch, Vec<Rows>)> =
             parts.iter().map(|part| decoder.pack(&texts[part.clone()])).collect();
@@ -58,39 +92,20 @@ pub fn likelihoods_without(
         let passes: Vec<_> = batches.iter().map(|batch| decoder.pass(batch)).collect();
         carry_cuts(decoder, decoder.streams(&batches)?, &passes, cuts, check, &mut |which, streams| {
             for (i, (part, rows)) in parts.iter().zip(&rows).enumerate() {
-                let scored = score(decoder, requests, &order[part.clone()], rows, &streams.get(i)?)?;
-                for (request, token) in &scored {
-                    for cut in which {
-                        let sum = &mut out[*cut][*request];
-                        sum.log_likelihood += token.log_likelihood;
-                        sum.greedy &= token.greedy;
+                let mut scored = Scored { places: Vec::new() };
+                let mut places = Vec::new();
+                for (request, rows) in order[part.clone()].iter().zip(rows) {
+                    for at in requests[*request].from..requests[*request].tokens.len() {
+                        scored.places.push((*request, at));
+                        places.push(rows.at(at - 1) as u32);
                     }
                 }
+                let x = streams.get(i)?;
+                score(which, &scored, &x.index_select(&Tensor::new(places, x.device())?, 0)?)?;
+                done += part.len() * which.len();
             }
-            Ok(())
+            tell(done)
         })?;
-        tell(parts.last().map_or(0, |part| part.end))?;
     }
-    Ok(out)
-}
-
-/// What the stream `x [rows, h]` says of each scored token of requests `which`, whose tokens lie in `rows`.
-fn score(
-    decoder: &Decoder,
-    requests: &[Request],
-    which: &[usize],
-    rows: &[Rows],
-    x: &Tensor,
-) -> Result<Vec<(usize, Likelihood)>> {
-    let (mut places, mut targets, mut owners) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, rows) in which.iter().zip(rows) {
-        let Request { tokens, from } = &requests[*i];
-        for (at, token) in tokens.iter().enumerate().skip(*from) {
-            places.push(rows.at(at - 1) as u32);
-            targets.push(*token);
-            owners.push(*i);
-        }
-    }
-    let x = x.index_select(&Tensor::new(places, x.device())?, 0)?;
-    Ok(owners.into_iter().zip(decoder.likelihoods(&x, &targets)?).collect())
+    Ok(())
 }

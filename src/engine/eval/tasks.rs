@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
 use super::finite;
-use super::loglikelihood::{Request, likelihoods};
+use super::loglikelihood::{Likelihood, Request, likelihoods};
 use crate::engine::data::items::Item;
 use crate::engine::model::{Config, Decoder};
 use crate::engine::{Cx, Error, Result};
@@ -39,19 +39,33 @@ pub fn answer(
     items: &[Item],
     cx: Cx,
 ) -> Result<Vec<ItemResult>> {
+    let requests = requests(tokenizer, decoder.config(), items)?;
+    let results = judged(items, &likelihoods(decoder, &requests, &format!("{which}: {task}"), cx)?)?;
+    for result in &results {
+        for log_likelihood in &result.log_likelihoods {
+            finite(*log_likelihood, which, &format!("item {} of {task}", result.item))?;
+        }
+    }
+    Ok(results)
+}
+
+/// What must be scored to answer the items, in their order.
+pub fn requests(tokenizer: &Tokenizer, config: &Config, items: &[Item]) -> Result<Vec<Request>> {
     let mut requests = Vec::new();
     for item in items {
         for (context, continuation) in pairs(item)? {
-            requests.push(request(tokenizer, decoder.config(), context, &continuation)?);
+            requests.push(request(tokenizer, config, context, &continuation)?);
         }
     }
-    let mut scored = likelihoods(decoder, &requests, &format!("{which}: {task}"), cx)?.into_iter();
+    Ok(requests)
+}
+
+/// The answers that the likelihoods of [`requests`] give.
+pub fn judged(items: &[Item], scored: &[Likelihood]) -> Result<Vec<ItemResult>> {
+    let mut scored = scored.iter();
     let mut out = Vec::with_capacity(items.len());
     for (index, item) in items.iter().enumerate() {
         let scored: Vec<_> = scored.by_ref().take(pairs(item)?.len()).collect();
-        for s in &scored {
-            finite(s.log_likelihood, which, &format!("item {index} of {task}"))?;
-        }
         let greedy = scored.iter().all(|s| s.greedy);
         out.push(judge(index, item, scored.iter().map(|s| s.log_likelihood).collect(), greedy));
     }

@@ -7,10 +7,11 @@
 use candle_core::{Device, Tensor, Var};
 
 use crate::checkpoint::{LinearShape, Role};
+use crate::engine::chance::stream_key;
 use crate::engine::eval::loglikelihood::{Request, likelihoods};
 use crate::engine::model::kernel::attention::Sequence;
 use crate::engine::model::layer::{AdapterGradient, Layer, Trace};
-use crate::engine::model::lora::{Adapter, Dropout, stream_key};
+use crate::engine::model::lora::{Adapter, Dropout};
 use crate::engine::model::streams::Streams;
 use crate::engine::model::{Batch, Config, Decoder, ops};
 use crate::engine::{Cx, Error, Result};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::adamw::{AdamW, clip, learning_rate};
 use super::backward::{Adapters, Draw, loss_and_gradients, mean_loss};
 use super::resume::Progress;
-use crate::engine::model::lora::stream_key;
+use crate::engine::chance::stream_key;
 use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::{Cx, Error, Result};
 use crate::job::preset::QloraSettings;

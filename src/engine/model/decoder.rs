@@ -283,14 +283,27 @@ impl Decoder {
         layers: &[usize],
         mut visit: impl FnMut(usize, usize, &Tensor) -> Result<()>,
     ) -> Result<()> {
+        self.carry_by(streams, layers, |layer, index, batch, x| {
+            let x = layer.forward(x, &passes[batch], None)?;
+            visit(index, batch, &x)?;
+            Ok(x)
+        })
+    }
+
+    /// The same with a layer's work done by `run(layer, its index, batch, stream)`.
+    pub fn carry_by(
+        &self,
+        streams: &mut Streams,
+        layers: &[usize],
+        mut run: impl FnMut(&Layer, usize, usize, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
         for (i, index) in layers.iter().enumerate() {
             let layer = self.layer(*index)?;
             if let Some(next) = layers.get(i + 1) {
                 self.read_ahead(*next);
             }
-            for (batch, pass) in passes.iter().enumerate() {
-                let x = layer.forward(&streams.get(batch)?, pass, None)?;
-                visit(*index, batch, &x)?;
+            for batch in 0..streams.len() {
+                let x = run(&layer, *index, batch, &streams.get(batch)?)?;
                 streams.set(batch, &x)?;
             }
             self.release(*index);
@@ -365,15 +378,20 @@ impl Decoder {
 
     /// How likely `targets[i]` is after the stream `x[i]`, for `x [n, h]` as [`Self::forward`] gives it.
     pub fn likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
+        Ok(self.odds(x, targets)?.iter().map(Odds::likelihood).collect())
+    }
+
+    /// The same, and which token is the likeliest.
+    pub fn odds(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
         let out = match self.head.frozen() {
-            Some(head) => self.likelihoods_native(head, x, targets)?,
-            None => self.likelihoods_candle(x, targets)?,
+            Some(head) => self.odds_native(head, x, targets)?,
+            None => self.odds_candle(x, targets)?,
         };
         self.release_vocabulary();
         Ok(out)
     }
 
-    fn likelihoods_candle(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
+    fn odds_candle(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
         let mut out = Vec::with_capacity(targets.len());
         for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
             let logits = self.logits(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
@@ -383,14 +401,14 @@ impl Decoder {
             out.par_extend(rows.map(|(row, id)| {
                 let mut odds = Odds::of(*id as usize);
                 odds.add(row, 0);
-                odds.likelihood()
+                odds
             }));
         }
         Ok(out)
     }
 
     /// A block of the vocabulary at a time, so that logits never leave the cache.
-    fn likelihoods_native(&self, head: &Frozen, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
+    fn odds_native(&self, head: &Frozen, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
         let (n, h) = x.dims2()?;
         let config = self.config();
         let (scale, cap) = (config.logit_scale as f32, config.final_cap.map(|cap| cap as f32));
@@ -418,7 +436,7 @@ impl Decoder {
             }
         })?;
         debug_assert_eq!(all.len(), n);
-        Ok(all.iter().map(Odds::likelihood).collect())
+        Ok(all)
     }
 
     /// Texts in one batch, and the rows of each. They share what they begin with, unless the model turns long

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::batch::Batch;
 use super::cache::KvCache;
 use super::decoder::Decoder;
-use super::lora::stream_key;
+use crate::engine::chance::stream_key;
 use crate::engine::{Cx, Error, Result};
 
 /// What to write.

@@ -1,10 +1,11 @@
 //! The report as one page: no script, nothing loaded from anywhere.
 
-use std::fmt::Write;
-
-use super::svg::{heat_map, layers_text, loss_curve, profile_curve, unit};
+use super::choice::{criticality, logit_lens, strategies, zone_name};
+use super::plot::{Figure, STYLE as PLOTS};
+use super::svg::{heat_map, layers_text, least, loss_curve, profile_curve, runs_text, unit};
 use super::{amount, columns, comparison, contiguous, verdict};
-use crate::job::report::{HealReport, Report, StageSummary};
+use crate::job::report::{Ablation, Compared, Considered, HealReport, LensReading, Report, StageSummary};
+use crate::job::spec::DamageMeasure;
 
 /// The whole page.
 pub fn page(report: &Report, stages: &[StageSummary]) -> String {
@@ -13,7 +14,7 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
     let mut out = format!(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>\
          <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
-         <style>{STYLE}</style></head><body><main><header><p class='kicker'>{0}</p><h1>{1}</h1>",
+         <style>{STYLE}{PLOTS}</style></head><body><main><header><p class='kicker'>{0}</p><h1>{1}</h1>",
         escape(&name),
         escape(&said[0])
     );
@@ -24,6 +25,9 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
     list(&mut out, "Before you use it", &report.remarks);
     comparison_table(&mut out, report);
     profile_figures(&mut out, report);
+    choice(&mut out, report);
+    criticality_figure(&mut out, report);
+    lens_figure(&mut out, report);
     for heal in &report.heal {
         heal_figure(&mut out, heal);
     }
@@ -110,17 +114,13 @@ fn comparison_table(out: &mut String, report: &Report) {
 
 fn profile_figures(out: &mut String, report: &Report) {
     let (profile, selection) = (&report.profile, &report.selection);
-    let dropped = match contiguous(&selection.dropped) {
-        Some(block) => layers_text(block.start as usize, block.len as usize),
-        None => format!("layers {}", joined(&selection.dropped)),
-    };
     put(
         out,
         &format!(
             "<section><h2>Where the cut went</h2><p>Cut: <strong>{}</strong>, counted from 0. The distance says how far \
              a block of layers turns the stream that passes it ({}), over {} windows, {} tokens. \
              A block that hardly turns it is hardly missed.</p>",
-            escape(&dropped),
+            escape(&runs_text(&selection.dropped)),
             unit(&profile.unit),
             profile.samples,
             profile.tokens
@@ -129,16 +129,19 @@ fn profile_figures(out: &mut String, report: &Report) {
     figure(
         out,
         &heat_map(profile, selection),
-        "Every block of every length; each row has its own scale. The frame marks the cut.",
+        "Every block of every length; each row has its own scale. Dots mark the nearest block of each length, the \
+         frame the cut.",
     );
-    let rows: Vec<Vec<String>> =
+    let mut head = vec!["layers in the block", "nearest block", "distance", "standard error"];
+    let mut rows: Vec<Vec<String>> =
         profile.by_len.iter().enumerate().map(|(i, row)| best_of(i + 1, row, &profile.stderr[i])).collect();
-    details(
-        out,
-        "The nearest block of each length, as a table",
-        &["layers in the block", "nearest block", "distance", "standard error"],
-        &rows,
-    );
+    if !profile.confidence.is_empty() {
+        head.push("confidence");
+        for (row, confidence) in rows.iter_mut().zip(&profile.confidence) {
+            row.push(format!("{:.1} %", 100.0 * confidence));
+        }
+    }
+    details(out, "The nearest block of each length, as a table", &head, &rows);
     figure(
         out,
         &profile_curve(profile, selection),
@@ -156,13 +159,101 @@ fn profile_figures(out: &mut String, report: &Report) {
 }
 
 fn best_of(n: usize, distances: &[f64], stderr: &[f64]) -> Vec<String> {
-    let best = (0..distances.len()).min_by(|a, b| distances[*a].total_cmp(&distances[*b])).unwrap_or(0);
+    let best = least(distances);
     vec![
         n.to_string(),
         layers_text(best, n),
         format!("{:.4}", distances[best]),
         format!("{:.4}", stderr[best]),
     ]
+}
+
+/// Why these layers: what `auto` weighed, and what other strategies would have done.
+fn choice(out: &mut String, report: &Report) {
+    let (selection, settings) = (&report.selection, &report.spec.prune.damage);
+    if selection.compared.is_empty() {
+        return;
+    }
+    let what = match settings.measure {
+        DamageMeasure::Loss => "the loss per token above the intact model's",
+        DamageMeasure::Kl => "the divergence per token from the intact model's prediction",
+    };
+    put(
+        out,
+        &format!(
+            "<section><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, before any \
+             healing: 0.1 is a tenth more perplexity.</p>",
+            selection.strategy.name()
+        ),
+    );
+    if !selection.considered.is_empty() {
+        let row = |c: &Considered| {
+            let strategies: Vec<&str> = c.strategies.iter().map(|s| s.name()).collect();
+            vec![strategies.join(", "), runs_text(&c.dropped), damage_text(c.damage), c.why.clone()]
+        };
+        let rows: Vec<Vec<String>> = selection.considered.iter().map(row).collect();
+        table(out, &["cut of", "layers", "damage", "why"], &rows);
+    }
+    if selection.compared.iter().any(|c| c.path.len() > 1) {
+        figure(
+            out,
+            &strategies(&selection.compared, settings.measure),
+            "What each strategy would have damaged, by layers cut. Where it searches for all layers at once there is \
+             one point.",
+        );
+    }
+    let row = |c: &Compared| {
+        let searched = if c.budget_exhausted { "ended with its budget" } else { "to its end" };
+        let cost = format!("{} sets, {} tokens", c.cost.evaluations, amount(c.cost.tokens as f64));
+        vec![c.strategy.name().into(), runs_text(&c.dropped), damage_text(c.damage), cost, searched.into()]
+    };
+    let rows: Vec<Vec<String>> = selection.compared.iter().map(row).collect();
+    table(out, &["strategy", "layers", "damage", "measured", "search"], &rows);
+    put(out, "</section>");
+}
+
+fn damage_text(damage: Option<f64>) -> String {
+    damage.map_or("–".into(), |d| format!("{d:.4}"))
+}
+
+fn criticality_figure(out: &mut String, report: &Report) {
+    let (profile, zones) = (&report.profile, &report.spec.calibration.zones);
+    if profile.ablation.is_empty() {
+        return;
+    }
+    put(out, "<section><h2>How much each layer is missed</h2>");
+    figure(
+        out,
+        &criticality(profile, zones, &report.selection),
+        "Each layer left out by itself. The scale is straight near zero and logarithmic above.",
+    );
+    let row = |(layer, a): (usize, &Ablation)| {
+        let cut = if report.selection.dropped.contains(&(layer as u32)) { "cut" } else { "" };
+        vec![layer.to_string(), format!("{:.4}", a.damage), zone_name(a.zone).into(), cut.into()]
+    };
+    let rows: Vec<Vec<String>> = profile.ablation.iter().enumerate().map(row).collect();
+    details(out, "The damages as a table", &["layer", "damage", "zone", ""], &rows);
+    put(out, "</section>");
+}
+
+fn lens_figure(out: &mut String, report: &Report) {
+    let profile = &report.profile;
+    if profile.logit_lens.is_empty() {
+        return;
+    }
+    put(out, "<section><h2>What the head reads on the way</h2>");
+    figure(
+        out,
+        &logit_lens(profile),
+        "Final norm and head applied to the stream at every seam: how likely it finds the text, and how often its \
+         likeliest next token is that of the whole model.",
+    );
+    let row = |(seam, r): (usize, &LensReading)| {
+        vec![seam.to_string(), format!("{:.4}", r.loss), format!("{:.1} %", 100.0 * r.agreement)]
+    };
+    let rows: Vec<Vec<String>> = profile.logit_lens.iter().enumerate().map(row).collect();
+    details(out, "The readings as a table", &["seam", "loss", "top-1 agreement"], &rows);
+    put(out, "</section>");
 }
 
 fn heal_figure(out: &mut String, heal: &HealReport) {
@@ -232,7 +323,8 @@ fn provenance(out: &mut String, report: &Report) {
     put(out, "</section>");
 }
 
-fn figure(out: &mut String, svg: &str, caption: &str) {
+fn figure(out: &mut String, figure: &Figure, caption: &str) {
+    let svg = figure.inline();
     put(out, &format!("<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption)));
 }
 
@@ -240,14 +332,6 @@ fn details(out: &mut String, summary: &str, head: &[&str], rows: &[Vec<String>])
     put(out, &format!("<details><summary>{}</summary>", escape(summary)));
     table(out, head, rows);
     put(out, "</details>");
-}
-
-fn joined(layers: &[u32]) -> String {
-    layers.iter().enumerate().fold(String::new(), |mut out, (i, l)| {
-        let comma = if i == 0 { "" } else { ", " };
-        write!(out, "{comma}{l}").expect("writing to a text. This is a bug.");
-        out
-    })
 }
 
 const STYLE: &str = "
@@ -274,15 +358,6 @@ small{color:var(--soft)}
 figure{margin:1.4rem 0 .6rem}
 figcaption{color:var(--soft);font-size:.88rem}
 svg{width:100%;height:auto;display:block}
-svg text{fill:var(--soft);font-size:13px}
-.end{text-anchor:end}.mid{text-anchor:middle}
-.grid{stroke:var(--rule)}
-.band{fill:var(--leaf);opacity:.2}
-.curve{fill:none;stroke:var(--leaf);stroke-width:2.2;stroke-linejoin:round}
-.raw{fill:none;stroke:var(--soft);stroke-width:1;opacity:.55}
-.mark{stroke:var(--accent);stroke-dasharray:4 4}
-.dot{fill:var(--accent)}
-.chosen{fill:none;stroke:#e0241b;stroke-width:3}
 details{margin:.5rem 0}
 summary{cursor:pointer;color:var(--soft)}
 code,pre{font:.86rem/1.5 ui-monospace,'DejaVu Sans Mono',Menlo,monospace;overflow-wrap:anywhere}

@@ -1,6 +1,8 @@
 //! The result in words, in a table, as JSON and as a page.
 
+mod choice;
 mod html;
+mod plot;
 mod svg;
 
 use std::collections::BTreeMap;
@@ -9,9 +11,9 @@ use std::fmt::Write;
 pub use html::page;
 
 use crate::job::report::{
-    Block, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, Scores,
+    Block, CheckpointRef, Compared, EvalReport, HealReport, LayerProfile, LayerSelection, Report, Scores,
 };
-use crate::job::spec::{Corpus, JobSpec, Strategy};
+use crate::job::spec::{Corpus, JobSpec, Strategy, TaskSpec};
 
 /// What the stages found, before it is put into words.
 pub struct Findings {
@@ -43,6 +45,27 @@ impl Findings {
             files: self.files,
         }
     }
+}
+
+/// The plots of the profile and of the choice as files, by name.
+pub fn plots(report: &Report) -> Vec<(&'static str, String)> {
+    let (profile, selection) = (&report.profile, &report.selection);
+    let mut all = vec![
+        ("heat_map.svg", svg::heat_map(profile, selection)),
+        ("profile_curve.svg", svg::profile_curve(profile, selection)),
+    ];
+    if !profile.ablation.is_empty() {
+        let zones = &report.spec.calibration.zones;
+        all.push(("criticality.svg", choice::criticality(profile, zones, selection)));
+    }
+    if selection.compared.iter().any(|c| c.path.len() > 1) {
+        let measure = report.spec.prune.damage.measure;
+        all.push(("strategies.svg", choice::strategies(&selection.compared, measure)));
+    }
+    if !profile.logit_lens.is_empty() {
+        all.push(("logit_lens.svg", choice::logit_lens(profile)));
+    }
+    all.into_iter().map(|(name, figure)| (name, figure.file())).collect()
 }
 
 /// A row of the comparison: one cell each for base, pruned and, where there is one, healed.
@@ -199,6 +222,7 @@ fn remarks(found: &Findings) -> Vec<String> {
              more calibration samples would tell them apart."
         ));
     }
+    out.extend(remarks_on_choice(found));
     if found.spec.eval.perplexity.iter().any(|c| matches!(c, Corpus::Model { .. })) {
         out.push(
             "Perplexity was measured on text the base model wrote itself, which flatters the base model: \
@@ -226,6 +250,45 @@ fn remarks(found: &Findings) -> Vec<String> {
         out.push(format!(
             "{:.0} % of the base model's parameters are embedding and head, which cutting layers cannot shrink.",
             100.0 * share
+        ));
+    }
+    out
+}
+
+/// What a person should know of how the layers were chosen.
+fn remarks_on_choice(found: &Findings) -> Vec<String> {
+    let mut out = Vec::new();
+    let (spec, compared) = (&found.spec, &found.selection.compared);
+    let Some(decided) = compared.first() else { return out };
+    if decided.budget_exhausted {
+        out.push(format!(
+            "The search for the layers ended with its budget after {} sets: a larger one may find a better cut.",
+            decided.cost.evaluations
+        ));
+    }
+    let damage = |c: &Compared| c.damage.unwrap_or(f64::INFINITY);
+    let best = compared.iter().min_by(|a, b| damage(a).total_cmp(&damage(b))).unwrap_or(decided);
+    if damage(best) < damage(decided) {
+        out.push(format!(
+            "{} would have done {:.3} nats per token less damage than {}, which decided.",
+            best.strategy.name(),
+            damage(decided) - damage(best),
+            decided.strategy.name()
+        ));
+    }
+    let text = spec.prune.damage.corpus.as_ref().unwrap_or(&spec.calibration.corpus);
+    if !matches!(text, Corpus::Model { .. }) && spec.eval.perplexity.contains(text) {
+        out.push(
+            "The layers were chosen on a text that perplexity was measured on, which flatters the result: measure on \
+             text that chose nothing."
+                .into(),
+        );
+    }
+    let judged = |t: &&TaskSpec| spec.eval.tasks.iter().any(|e| e.items == t.items);
+    if let Some(task) = spec.prune.damage.tasks.iter().find(judged) {
+        out.push(format!(
+            "The items of {} helped to choose the layers and judge the result, which flatters it.",
+            task.task
         ));
     }
     out

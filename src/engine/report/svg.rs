@@ -1,112 +1,8 @@
-//! Plots as inline SVG: no script, no font, no file from elsewhere. Colours of
-//! axes and text come from the page, so that they follow its theme.
-
-use std::fmt::Write;
+//! The profile and the healing as plots.
 
 use super::contiguous;
-use super::html::escape;
+use super::plot::{BOTTOM, Figure, LEFT, Plot, RIGHT, TOP, WIDTH, ticks};
 use crate::job::report::{HealReport, LayerProfile, LayerSelection};
-
-const WIDTH: f64 = 720.0;
-const LEFT: f64 = 64.0;
-const RIGHT: f64 = 16.0;
-const TOP: f64 = 14.0;
-const BOTTOM: f64 = 44.0;
-
-/// The frame of a plot and where numbers lie in it.
-struct Plot {
-    height: f64,
-    x: (f64, f64),
-    y: (f64, f64),
-    body: String,
-}
-
-impl Plot {
-    fn new(height: f64, x: (f64, f64), y: (f64, f64)) -> Self {
-        let widen = |(low, high): (f64, f64)| if high > low { (low, high) } else { (low - 0.5, low + 0.5) };
-        Self { height, x: widen(x), y: widen(y), body: String::new() }
-    }
-
-    fn px(&self, x: f64) -> f64 {
-        LEFT + (x - self.x.0) / (self.x.1 - self.x.0) * (WIDTH - LEFT - RIGHT)
-    }
-
-    fn py(&self, y: f64) -> f64 {
-        self.height - BOTTOM - (y - self.y.0) / (self.y.1 - self.y.0) * (self.height - TOP - BOTTOM)
-    }
-
-    fn add(&mut self, piece: &str) {
-        self.body.push_str(piece);
-    }
-
-    fn points(&self, points: impl Iterator<Item = (f64, f64)>) -> String {
-        points.fold(String::new(), |mut out, (x, y)| {
-            write!(out, "{:.1},{:.1} ", self.px(x), self.py(y)).expect("writing to a text. This is a bug.");
-            out
-        })
-    }
-
-    fn line(&mut self, class: &str, points: impl Iterator<Item = (f64, f64)>) {
-        let points = self.points(points);
-        self.add(&format!("<polyline class='{class}' points='{}'/>", points.trim_end()));
-    }
-
-    fn axes(&mut self, x_label: &str, y_label: &str) {
-        let (bottom, right) = (self.height - BOTTOM, WIDTH - RIGHT);
-        for tick in ticks(self.y) {
-            let y = self.py(tick);
-            self.add(&format!(
-                "<line class='grid' x1='{LEFT}' x2='{right}' y1='{y:.1}' y2='{y:.1}'/>\
-                 <text class='end' x='{:.1}' y='{:.1}'>{}</text>",
-                LEFT - 8.0,
-                y + 4.0,
-                tick_text(tick)
-            ));
-        }
-        for tick in ticks(self.x) {
-            let x = self.px(tick);
-            let text = tick_text(tick);
-            self.add(&format!("<text class='mid' x='{x:.1}' y='{:.1}'>{text}</text>", bottom + 18.0));
-        }
-        self.labels(x_label, y_label);
-    }
-
-    fn labels(&mut self, x_label: &str, y_label: &str) {
-        let (middle, bottom) = (f64::midpoint(LEFT, WIDTH), self.height - 6.0);
-        let half = f64::midpoint(TOP, self.height - BOTTOM);
-        self.add(&format!(
-            "<text class='mid' x='{middle}' y='{bottom}'>{}</text>\
-             <text class='mid' transform='translate(14 {half}) rotate(-90)'>{}</text>",
-            escape(x_label),
-            escape(y_label)
-        ));
-    }
-
-    fn svg(self, id: &str, title: &str) -> String {
-        format!(
-            "<svg role='img' aria-labelledby='{id}' viewBox='0 0 {WIDTH} {}'><title id='{id}'>{}</title>{}</svg>",
-            self.height,
-            escape(title),
-            self.body
-        )
-    }
-}
-
-/// Round numbers inside a range, about five of them.
-fn ticks((low, high): (f64, f64)) -> Vec<f64> {
-    let rough = (high - low) / 5.0;
-    let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= rough).unwrap_or(rough);
-    let first = (low / step).ceil() as i64;
-    let last = (high / step + 1e-9).floor() as i64;
-    (first..=last).map(|i| i as f64 * step).collect()
-}
-
-fn tick_text(value: f64) -> String {
-    let text = format!("{value:.4}");
-    let text = text.trim_end_matches('0').trim_end_matches('.');
-    if text == "-0" { "0".into() } else { text.into() }
-}
 
 /// Yellow (near) to purple (far), the colours of the paper's figure 4.
 fn colour(t: f64) -> String {
@@ -124,7 +20,7 @@ fn colour(t: f64) -> String {
 }
 
 /// Distance by first layer and length of the block, each row on its own scale (paper, figure 4).
-pub fn heat_map(profile: &LayerProfile, selection: &LayerSelection) -> String {
+pub fn heat_map(profile: &LayerProfile, selection: &LayerSelection) -> Figure {
     let count = f64::from(profile.layer_count);
     let height = TOP + BOTTOM + (WIDTH - LEFT - RIGHT) * 0.62;
     let mut plot = Plot::new(height, (0.0, count), (0.5, count + 0.5));
@@ -145,6 +41,15 @@ pub fn heat_map(profile: &LayerProfile, selection: &LayerSelection) -> String {
                 layers_text(l, n)
             ));
         }
+    }
+    let nearest: Vec<(f64, f64)> =
+        profile.by_len.iter().enumerate().map(|(row, d)| (least(d) as f64 + 0.5, row as f64 + 1.0)).collect();
+    for class in ["halo", "path"] {
+        plot.line(class, nearest.iter().copied());
+    }
+    for (x, y) in nearest {
+        let (x, y) = (plot.px(x), plot.py(y));
+        plot.add(&format!("<circle class='least' cx='{x:.1}' cy='{y:.1}' r='{:.1}'/>", (h / 4.0).min(3.5)));
     }
     let marked: Vec<(u32, u32)> = match contiguous(&selection.dropped) {
         Some(block) => vec![(block.start, block.len)],
@@ -174,7 +79,12 @@ pub fn heat_map(profile: &LayerProfile, selection: &LayerSelection) -> String {
     }
     key(&mut plot);
     plot.labels("first layer of the block", "layers in the block");
-    plot.svg("heat-map", "Distance across every block of layers; the block that was cut is framed")
+    plot.figure("heat-map", "Distance across every block of layers; the layers that were cut are framed")
+}
+
+/// Where the least of these is, the first one on a tie.
+pub fn least(values: &[f64]) -> usize {
+    (0..values.len()).min_by(|a, b| values[*a].total_cmp(&values[*b])).unwrap_or(0)
 }
 
 /// What the colours mean, in the empty corner of the triangle.
@@ -194,14 +104,41 @@ fn key(plot: &mut Plot) {
         TOP + 34.0,
         WIDTH - RIGHT
     ));
+    plot.add(&format!(
+        "<circle class='least' cx='{0}' cy='{1}' r='3.5'/><text x='{2}' y='{3}'>nearest block of its length</text>\
+         <rect class='chosen' x='{4}' y='{5}' width='12' height='10'/><text x='{2}' y='{6}'>cut</text>",
+        x + 6.0,
+        TOP + 53.0,
+        x + 20.0,
+        TOP + 57.0,
+        x,
+        TOP + 71.0,
+        TOP + 80.0
+    ));
 }
 
 pub fn layers_text(start: usize, len: usize) -> String {
     if len == 1 { format!("layer {start}") } else { format!("layers {start} to {}", start + len - 1) }
 }
 
+/// Dropped layers in words, runs of them together.
+pub fn runs_text(dropped: &[u32]) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for layer in dropped {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == *layer => *last = *layer,
+            Some(_) | None => runs.push((*layer, *layer)),
+        }
+    }
+    let texts: Vec<String> = runs
+        .iter()
+        .map(|(first, last)| if first == last { first.to_string() } else { format!("{first} to {last}") })
+        .collect();
+    format!("{} {}", if dropped.len() == 1 { "layer" } else { "layers" }, texts.join(", "))
+}
+
 /// Distance across a block of the chosen length, by where it starts.
-pub fn profile_curve(profile: &LayerProfile, selection: &LayerSelection) -> String {
+pub fn profile_curve(profile: &LayerProfile, selection: &LayerSelection) -> Figure {
     let block = contiguous(&selection.dropped);
     let n = block.map_or(1, |b| b.len as usize);
     let (row, stderr) = (&profile.by_len[n - 1], &profile.stderr[n - 1]);
@@ -209,7 +146,8 @@ pub fn profile_curve(profile: &LayerProfile, selection: &LayerSelection) -> Stri
     let high = row.iter().zip(stderr).map(|(d, e)| d + 2.0 * e).fold(0.0, f64::max);
     let margin = (high - low).max(1e-6) * 0.06;
     let mut plot = Plot::new(320.0, (0.0, (row.len() - 1) as f64), ((low - margin).max(0.0), high + margin));
-    plot.axes(&format!("first layer of a block of {n}"), &format!("distance ({})", unit(&profile.unit)));
+    let x_label = if n == 1 { "layer".to_owned() } else { format!("first layer of a block of {n}") };
+    plot.axes(&x_label, &format!("distance ({})", unit(&profile.unit)));
     let upper = row.iter().zip(stderr).enumerate().map(|(l, (d, e))| (l as f64, d + 2.0 * e));
     let lower =
         row.iter().zip(stderr).enumerate().rev().map(|(l, (d, e))| (l as f64, (d - 2.0 * e).max(0.0)));
@@ -228,7 +166,7 @@ pub fn profile_curve(profile: &LayerProfile, selection: &LayerSelection) -> Stri
             stderr[start]
         ));
     }
-    plot.svg(
+    plot.figure(
         "profile-curve",
         "Distance by first layer of the block, with two standard errors; the cut is marked",
     )
@@ -239,7 +177,7 @@ pub fn unit(name: &str) -> &'static str {
 }
 
 /// Loss by optimizer step, with the held-out loss before and after.
-pub fn loss_curve(heal: &HealReport) -> String {
+pub fn loss_curve(heal: &HealReport) -> Figure {
     let losses: Vec<f64> = heal.curve.iter().map(|p| p.loss).filter(|l| l.is_finite()).collect();
     let all =
         losses.iter().copied().chain([heal.held_out_before, heal.held_out_after]).filter(|l| l.is_finite());
@@ -267,5 +205,8 @@ pub fn loss_curve(heal: &HealReport) -> String {
             y - 5.0
         ));
     }
-    plot.svg("loss-curve", "Training loss by optimizer step, with the held-out loss before and after healing")
+    plot.figure(
+        "loss-curve",
+        "Training loss by optimizer step, with the held-out loss before and after healing",
+    )
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::checkpoint::Index;
 use crate::job::complaint::Complaint;
-use crate::job::spec::{Corpus, HealMethod, JobSpec, ModelSource};
+use crate::job::spec::{Corpus, JobSpec, ModelSource};
 
 /// The directories models and corpora may lie in.
 #[derive(Debug, Clone, Default)]
@@ -77,7 +77,7 @@ pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
             Ok((_, Err(message))) | Err(message) => complain("/model/path".into(), message),
         }
     }
-    for (pointer, corpus) in corpora(spec) {
+    for (pointer, corpus) in spec.corpora_mut() {
         if let Corpus::Path { path } = corpus {
             match roots.find(path).and_then(|real| corpus_file(&real)) {
                 Ok(real) => *path = real,
@@ -122,19 +122,4 @@ fn corpus_file(real: &Path) -> Result<String, String> {
 
 fn utf8(path: &Path) -> Result<String, String> {
     path.to_str().map(String::from).ok_or_else(|| "must be UTF-8".into())
-}
-
-/// Every corpus of the spec and its place.
-fn corpora(spec: &mut JobSpec) -> Vec<(String, &mut Corpus)> {
-    let mut all = vec![("/calibration/corpus".to_string(), &mut spec.calibration.corpus)];
-    for (i, HealMethod::Qlora(qlora)) in spec.heal.iter_mut().enumerate() {
-        all.push((format!("/heal/{i}/corpus"), &mut qlora.corpus));
-    }
-    all.extend(
-        spec.eval.perplexity.iter_mut().enumerate().map(|(i, c)| (format!("/eval/perplexity/{i}"), c)),
-    );
-    all.extend(
-        spec.eval.tasks.iter_mut().enumerate().map(|(i, t)| (format!("/eval/tasks/{i}/items"), &mut t.items)),
-    );
-    all
 }

@@ -74,7 +74,10 @@ fn tagged(job: &Job) -> Response {
             "name": "smol, six layers less", "labels": {"team": "nlp"}, "preset": "seed",
             "model": {"from": "path", "path": "/models/SmolLM2-135M-Instruct"},
             "calibration": {"corpus": {"from": "model"}, "samples": 32, "seq_len": 256},
-            "prune": {"amount": {"layers": 6}, "strategy": "block_endpoint", "keep_last": 1},
+            "prune": {
+                "amount": {"layers": 6}, "strategy": "greedy_damage", "compare": ["block_endpoint"], "keep_last": 1,
+                "damage": {"samples": 16, "max_evaluations": 200},
+            },
             "heal": [{"method": "qlora", "corpus": {"from": "model"}, "rank": 8, "bits": 4, "steps": 100}],
             "eval": {"perplexity": [{"from": "path", "path": "/corpora/held_out.txt"}]},
             "seed": 7,

@@ -314,7 +314,7 @@ fn panels(left: Rows, right: &[Line], strip: usize, depth: usize, start: Start, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::model::lora::unit;
+    use crate::engine::chance::unit;
 
     /// Queries and keys in one table, as a layer has them.
     struct Case {

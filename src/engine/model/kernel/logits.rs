@@ -83,6 +83,11 @@ impl Odds {
         }
     }
 
+    /// The likeliest token; of equal ones the first.
+    pub fn best(&self) -> usize {
+        self.best
+    }
+
     pub fn likelihood(&self) -> Likelihood {
         Likelihood {
             log_likelihood: f64::from(self.own) - f64::from(self.most) - self.sum.ln(),

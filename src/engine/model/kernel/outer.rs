@@ -84,7 +84,7 @@ fn part(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::model::lora::unit;
+    use crate::engine::chance::unit;
 
     #[test]
     fn sums_over_rows_agree_with_float64() {

@@ -297,8 +297,8 @@ impl Out {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::chance::unit;
     use crate::engine::model::kernel::{Path, Rounding, path, round, widen};
-    use crate::engine::model::lora::unit;
 
     fn values(count: usize, key: u64) -> Vec<f32> {
         (0..count).map(|i| unit(key, i as u64) as f32 - 0.5).collect()

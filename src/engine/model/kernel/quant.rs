@@ -210,8 +210,8 @@ fn nearest_dynamic(x: f32) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::chance::unit;
     use crate::engine::model::kernel::matrix::Matrix;
-    use crate::engine::model::lora::unit;
 
     /// Sum of twelve uniforms: near enough to normal.
     fn normal(count: usize) -> Vec<f32> {

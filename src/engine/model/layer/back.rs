@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::native::{AttentionTrace, Inner, MlpTrace, Trace, bend, once};
+use super::native::{AttentionTrace, Inner, Keep, MlpTrace, Trace, bend, once};
 use super::{Layer, Linear, Norm, Pass, missing};
 use crate::checkpoint::Role;
 use crate::engine::model::kernel::Rounding;
@@ -41,7 +41,7 @@ impl Layer {
             with(upstream, |upstream| {
                 let trace = match trace {
                     Some(trace) => trace,
-                    None => self.run(x, h, pass, None, true)?,
+                    None => self.run(x, h, pass, None, Keep::All)?,
                 };
                 Back { layer: self, pass, h, gradients: Vec::new() }.run(x, trace, upstream, wanted)
             })

@@ -20,6 +20,16 @@ impl Layer {
         pass: &Pass,
         cache: Option<&mut LayerCache>,
     ) -> candle_core::Result<Tensor> {
+        Ok(self.halves_candle(x, pass, cache)?.1)
+    }
+
+    /// The stream between attention and MLP, and the one leaving the layer.
+    pub(super) fn halves_candle(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut LayerCache>,
+    ) -> candle_core::Result<(Tensor, Tensor)> {
         let normed = |norm: &Option<super::Norm>, x: &Tensor| match norm {
             Some(norm) => norm.forward(x),
             None => Ok(x.clone()),
@@ -34,7 +44,8 @@ impl Layer {
             (true, Some(norm)) => norm.forward(x)?,
             (true, None) => read,
         };
-        stream + scaled(normed(&self.mlp_out, &self.mlp(&entering)?)?)?
+        let leaving = (&stream + scaled(normed(&self.mlp_out, &self.mlp(&entering)?)?)?)?;
+        Ok((stream, leaving))
     }
 
     fn mlp(&self, x: &Tensor) -> candle_core::Result<Tensor> {

@@ -17,6 +17,7 @@ pub use pass::Pass;
 use self::experts::Experts;
 use super::cache::LayerCache;
 use super::checkpoint::Checkpoint;
+use super::kernel::buffer::Buffer;
 use super::kernel::map::Map;
 use super::lora::Adapter;
 use super::weight::Weight;
@@ -193,6 +194,16 @@ impl Layer {
         } else {
             self.forward_candle(x, pass, cache)
         }
+    }
+
+    /// The stream between attention and MLP, row by row, and the one leaving the layer.
+    pub fn halves(&self, x: &Tensor, pass: &Pass) -> candle_core::Result<(Buffer, Tensor)> {
+        if self.is_native() {
+            return self.halves_native(x, pass);
+        }
+        let (middle, leaving) = self.halves_candle(x, pass, None)?;
+        let middle: Vec<f32> = middle.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        Ok((Buffer::from_slice(&middle), leaving))
     }
 
     fn linear(&self, role: Role) -> Option<&Linear> {

@@ -76,6 +76,16 @@ pub(super) struct Places {
     pub(super) v: (usize, usize),
 }
 
+/// What is kept of a forward pass beside what leaves the layer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    Nothing,
+    /// The stream between attention and MLP.
+    Middle,
+    /// All that the backward pass needs.
+    All,
+}
+
 impl Trace {
     /// Memory it takes.
     pub fn bytes(&self) -> usize {
@@ -101,13 +111,19 @@ impl Layer {
         pass: &Pass,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
-        let trace = with(x, |values| self.run(values, x.dim(1)?, pass, cache, false))??;
+        let trace = with(x, |values| self.run(values, x.dim(1)?, pass, cache, Keep::Nothing))??;
         Tensor::from_vec(trace.leaving, x.shape(), &Device::Cpu)
+    }
+
+    /// The same, with the stream between attention and MLP.
+    pub(super) fn halves_native(&self, x: &Tensor, pass: &Pass) -> Result<(Buffer, Tensor)> {
+        let trace = with(x, |values| self.run(values, x.dim(1)?, pass, None, Keep::Middle))??;
+        Ok((trace.middle, Tensor::from_vec(trace.leaving, x.shape(), &Device::Cpu)?))
     }
 
     /// The same, with what the backward pass needs of it.
     pub fn forward_traced(&self, x: &Tensor, pass: &Pass) -> Result<(Tensor, Trace)> {
-        let mut trace = with(x, |values| self.run(values, x.dim(1)?, pass, None, true))??;
+        let mut trace = with(x, |values| self.run(values, x.dim(1)?, pass, None, Keep::All))??;
         let leaving = Tensor::from_vec(std::mem::take(&mut trace.leaving), x.shape(), &Device::Cpu)?;
         Ok((leaving, trace))
     }
@@ -118,12 +134,13 @@ impl Layer {
         h: usize,
         pass: &Pass,
         cache: Option<&mut LayerCache>,
-        keep: bool,
+        keep: Keep,
     ) -> Result<Trace> {
         let mut inside: Vec<Option<Buffer>> = self.linears.iter().map(|_| None).collect();
         let mut leaving = x.to_vec();
-        let attention = self.attention_onto(&mut leaving, x, h, pass, cache, keep, &mut inside)?;
-        let middle = Buffer::from_slice(if keep { &leaving } else { &[] });
+        let attention =
+            self.attention_onto(&mut leaving, x, h, pass, cache, keep == Keep::All, &mut inside)?;
+        let middle = Buffer::from_slice(if keep == Keep::Nothing { &[] } else { &leaving });
         let entering = match (self.shape.parallel, &self.mlp_in) {
             (true, None) => Arc::clone(&attention.read),
             (parallel, norm) => {

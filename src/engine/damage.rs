@@ -1,0 +1,292 @@
+//! The oracles of [`select`](super::select): how much worse the model gets without some of its layers. All sets
+//! of one question are measured in one walk, so that what they have in common is computed once.
+
+use std::collections::HashMap;
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::data::items::Item;
+use super::eval::loglikelihood::{Likelihood, Request, Scored, likelihoods_without, walk};
+use super::eval::tasks;
+use super::model::{Checkpoint, Decoder};
+use super::select::Oracle;
+use super::{Cx, Error, Result};
+use crate::job::spec::{DamageMeasure, DamageSpec};
+
+/// Damage on text, in nats per token.
+pub struct Damage<'a> {
+    decoder: Decoder,
+    requests: Vec<Request>,
+    measure: DamageMeasure,
+    top_k: usize,
+    /// `loss`: the intact model's loss by number of windows.
+    intact: HashMap<usize, f64>,
+    /// `kl`: the intact model's predictions, by window.
+    predicted: Vec<Vec<Predicted>>,
+    cx: Cx<'a>,
+}
+
+/// What the intact model predicts at one place.
+struct Predicted {
+    /// Its likeliest tokens, with the logarithms of their probabilities.
+    likeliest: Vec<(u32, f32)>,
+    /// The probability of all others together.
+    rest: f64,
+}
+
+/// Rows of logits at a time.
+const ROWS: usize = 128;
+
+impl<'a> Damage<'a> {
+    /// Measures on `windows`.
+    ///
+    /// # Errors
+    /// A data error when there is no window; a model error when the weights cannot be read.
+    pub fn open(base: &Checkpoint, windows: Vec<Vec<u32>>, spec: &DamageSpec, cx: Cx<'a>) -> Result<Self> {
+        let windows = windows.into_iter().filter(|window| window.len() > 1);
+        let requests: Vec<Request> = windows.map(|tokens| Request { tokens, from: 1 }).collect();
+        if requests.is_empty() {
+            return Err(Error::data(
+                "the damage corpus gives no window of two tokens to measure on; give more text",
+            ));
+        }
+        Ok(Self {
+            decoder: Decoder::open(base, cx.compute)?,
+            predicted: requests.iter().map(|_| Vec::new()).collect(),
+            requests,
+            measure: spec.measure,
+            top_k: (spec.top_k as usize).clamp(1, base.config().vocab_size),
+            intact: HashMap::new(),
+            cx,
+        })
+    }
+
+    /// Mean loss per token of the first `windows` windows without each of `sets`.
+    fn losses(
+        &self,
+        sets: &[&[u32]],
+        windows: usize,
+        tell: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        let requests = &self.requests[..windows];
+        let scored = likelihoods_without(&self.decoder, requests, sets, &|| self.cx.check(), tell)?;
+        let tokens = predicted_tokens(requests);
+        let loss = |of: Vec<Likelihood>| -of.iter().map(|s| s.log_likelihood).sum::<f64>() / tokens;
+        Ok(scored.into_iter().map(loss).collect())
+    }
+
+    /// Mean divergence per token, KL(intact, without each of `sets`), on the first `windows` windows.
+    fn divergences(
+        &mut self,
+        sets: &[&[u32]],
+        windows: usize,
+        tell: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        self.predict(windows)?;
+        let requests = &self.requests[..windows];
+        let mut sums = vec![0.0; sets.len()];
+        let mut score = |which: &[usize], scored: &Scored, x: &Tensor| {
+            for (i, places) in scored.places.chunks(ROWS).enumerate() {
+                let rows = self.log_probabilities(x, i * ROWS, places.len())?;
+                let divergence = |((request, at), row): (&(usize, usize), &[f32])| {
+                    self.predicted[*request][at - 1].divergence(row)
+                };
+                let vocab = rows.len() / places.len();
+                let each: Vec<f64> = places.par_iter().zip(rows.par_chunks(vocab)).map(divergence).collect();
+                let sum: f64 = each.iter().sum();
+                which.iter().for_each(|set| sums[*set] += sum);
+            }
+            Ok(())
+        };
+        walk(&self.decoder, requests, sets, &|| self.cx.check(), tell, &mut score)?;
+        let tokens = predicted_tokens(requests);
+        Ok(sums.into_iter().map(|sum| sum / tokens).collect())
+    }
+
+    /// Has the intact model predict the first `windows` windows, as far as it has not.
+    fn predict(&mut self, windows: usize) -> Result<()> {
+        let missing: Vec<usize> = (0..windows).filter(|i| self.predicted[*i].is_empty()).collect();
+        let requests: Vec<Request> = missing.iter().map(|i| self.requests[*i].clone()).collect();
+        let mut predicted: Vec<Vec<Predicted>> = missing.iter().map(|_| Vec::new()).collect();
+        let mut score = |_: &[usize], scored: &Scored, x: &Tensor| {
+            for (i, places) in scored.places.chunks(ROWS).enumerate() {
+                let rows = self.log_probabilities(x, i * ROWS, places.len())?;
+                let vocab = rows.len() / places.len();
+                let each: Vec<Predicted> =
+                    rows.par_chunks(vocab).map(|row| Predicted::of(row, self.top_k)).collect();
+                // The places of a request come in their order.
+                for ((request, _), one) in places.iter().zip(each) {
+                    predicted[*request].push(one);
+                }
+            }
+            Ok(())
+        };
+        walk(&self.decoder, &requests, &[&[]], &|| self.cx.check(), &mut |_| Ok(()), &mut score)?;
+        for (i, predicted) in missing.into_iter().zip(predicted) {
+            self.predicted[i] = predicted;
+        }
+        Ok(())
+    }
+
+    /// Logarithms of the probabilities of all tokens, row by row, behind some of the streams `x`.
+    fn log_probabilities(&self, x: &Tensor, first: usize, count: usize) -> Result<Vec<f32>> {
+        let logits = self.decoder.logits(&x.narrow(0, first, count)?)?;
+        let vocab = logits.dim(1)?;
+        let mut rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+        rows.par_chunks_mut(vocab).for_each(|row| {
+            let most = row.iter().fold(f32::NEG_INFINITY, |most, logit| most.max(*logit));
+            let sum: f64 = row.iter().map(|logit| f64::from(*logit - most).exp()).sum();
+            let log_sum = most + sum.ln() as f32;
+            row.iter_mut().for_each(|logit| *logit -= log_sum);
+        });
+        Ok(rows)
+    }
+}
+
+impl Predicted {
+    fn of(log_probabilities: &[f32], top_k: usize) -> Self {
+        let mut order: Vec<u32> = (0..log_probabilities.len() as u32).collect();
+        let value = |id: &u32| log_probabilities[*id as usize];
+        if top_k < order.len() {
+            order.select_nth_unstable_by(top_k - 1, |a, b| value(b).total_cmp(&value(a)));
+            order.truncate(top_k);
+        }
+        let likeliest: Vec<(u32, f32)> = order.iter().map(|id| (*id, value(id))).collect();
+        let known: f64 = likeliest.iter().map(|(_, log)| f64::from(*log).exp()).sum();
+        Self { likeliest, rest: (1.0 - known).max(0.0) }
+    }
+
+    /// KL of this prediction and another model's, the tokens that are not kept one by one taken as one.
+    fn divergence(&self, log_probabilities: &[f32]) -> f64 {
+        let (mut sum, mut known) = (0.0, 0.0);
+        for (id, log) in &self.likeliest {
+            let other = f64::from(log_probabilities[*id as usize]);
+            sum += f64::from(*log).exp() * (f64::from(*log) - other);
+            known += other.exp();
+        }
+        if self.rest > 0.0 {
+            sum += self.rest * (self.rest / (1.0 - known).max(1e-12)).ln();
+        }
+        sum
+    }
+}
+
+/// How many tokens are predicted.
+fn predicted_tokens(requests: &[Request]) -> f64 {
+    requests.iter().map(|r| r.tokens.len() - r.from).sum::<usize>() as f64
+}
+
+/// Tells of sets done, of requests done for each set.
+fn in_sets(
+    sets: usize,
+    requests: usize,
+    tell: &mut dyn FnMut(usize) -> Result<()>,
+) -> impl FnMut(usize) -> Result<()> {
+    // The intact model comes beside them the first time.
+    move |done| tell((done / requests.max(1)).min(sets))
+}
+
+impl Oracle for Damage<'_> {
+    fn windows(&self) -> usize {
+        self.requests.len()
+    }
+
+    fn tokens(&self, windows: usize) -> u64 {
+        self.requests[..windows].iter().map(|r| r.tokens.len() as u64).sum()
+    }
+
+    fn measure(
+        &mut self,
+        sets: &[Vec<u32>],
+        windows: usize,
+        tell: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        let mut tell = in_sets(sets.len(), windows, tell);
+        let sets: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
+        if self.measure == DamageMeasure::Kl {
+            return self.divergences(&sets, windows, &mut tell);
+        }
+        if let Some(intact) = self.intact.get(&windows) {
+            return Ok(self.losses(&sets, windows, &mut tell)?.iter().map(|loss| loss - intact).collect());
+        }
+        let with_intact: Vec<&[u32]> = std::iter::once(&[][..]).chain(sets).collect();
+        let losses = self.losses(&with_intact, windows, &mut tell)?;
+        self.intact.insert(windows, losses[0]);
+        Ok(losses[1..].iter().map(|loss| loss - losses[0]).collect())
+    }
+}
+
+/// Drop of accuracy on task items: the share of right answers the intact model gives, less what is left of it.
+pub struct Accuracy<'a> {
+    decoder: Decoder,
+    items: Vec<Item>,
+    /// What must be scored to answer them, one after another.
+    requests: Vec<Request>,
+    /// Requests of the items up to and with each.
+    ends: Vec<usize>,
+    intact: HashMap<usize, f64>,
+    cx: Cx<'a>,
+}
+
+impl<'a> Accuracy<'a> {
+    /// Measures on `items`, of all tasks together.
+    pub fn open(base: &Checkpoint, items: Vec<Item>, cx: Cx<'a>) -> Result<Self> {
+        let (tokenizer, config) = (base.tokenizer()?, base.config());
+        let (mut requests, mut ends) = (Vec::new(), Vec::new());
+        for item in &items {
+            requests.extend(tasks::requests(&tokenizer, config, std::slice::from_ref(item))?);
+            ends.push(requests.len());
+        }
+        let decoder = Decoder::open(base, cx.compute)?;
+        Ok(Self { decoder, items, requests, ends, intact: HashMap::new(), cx })
+    }
+
+    /// The share of the first `count` items that is answered rightly without each of `sets`.
+    fn accuracies(
+        &self,
+        sets: &[&[u32]],
+        count: usize,
+        tell: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        let requests = &self.requests[..self.ends[count - 1]];
+        let scored = likelihoods_without(&self.decoder, requests, sets, &|| self.cx.check(), tell)?;
+        let share = |scored: &Vec<Likelihood>| {
+            let results = tasks::judged(&self.items[..count], scored)?;
+            Ok(results.iter().filter(|result| result.correct).count() as f64 / count as f64)
+        };
+        scored.iter().map(share).collect()
+    }
+}
+
+impl Oracle for Accuracy<'_> {
+    /// Items.
+    fn windows(&self) -> usize {
+        self.items.len()
+    }
+
+    fn tokens(&self, windows: usize) -> u64 {
+        self.requests[..self.ends[windows - 1]].iter().map(|r| r.tokens.len() as u64).sum()
+    }
+
+    fn measure(
+        &mut self,
+        sets: &[Vec<u32>],
+        windows: usize,
+        tell: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        let mut tell = in_sets(sets.len(), self.ends[windows - 1], tell);
+        let sets: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
+        if let Some(intact) = self.intact.get(&windows) {
+            return Ok(self
+                .accuracies(&sets, windows, &mut tell)?
+                .iter()
+                .map(|left| intact - left)
+                .collect());
+        }
+        let with_intact: Vec<&[u32]> = std::iter::once(&[][..]).chain(sets).collect();
+        let all = self.accuracies(&with_intact, windows, &mut tell)?;
+        self.intact.insert(windows, all[0]);
+        Ok(all[1..].iter().map(|left| all[0] - left).collect())
+    }
+}

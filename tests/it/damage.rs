@@ -1,0 +1,164 @@
+//! Measured damage is what the pruned checkpoint itself would show.
+
+use secateur::engine::damage::{Accuracy, Damage};
+use secateur::engine::data::items::Item;
+use secateur::engine::eval::loglikelihood::{Request, likelihoods};
+use secateur::engine::eval::tasks;
+use secateur::engine::model::{Batch, Checkpoint, Decoder};
+use secateur::engine::prune::Cut;
+use secateur::engine::select::Oracle;
+use secateur::engine::{Error, Result};
+use secateur::job::progress::Stage;
+use secateur::job::spec::{DamageMeasure, DamageSpec};
+
+use crate::support::rig::{Rig, windows};
+use crate::support::tiny::Tiny;
+
+/// Losses are sums of float32 likelihoods.
+const TOLERANCE: f64 = 1e-5;
+
+fn open<'a>(rig: &'a Rig, base: &Checkpoint, windows: Vec<Vec<u32>>) -> Damage<'a> {
+    Damage::open(base, windows, &DamageSpec::default(), rig.cx(Stage::Select)).unwrap()
+}
+
+fn measure(oracle: &mut dyn Oracle, sets: &[&[u32]], windows: usize) -> Vec<f64> {
+    let sets: Vec<Vec<u32>> = sets.iter().map(|set| set.to_vec()).collect();
+    oracle.measure(&sets, windows, &mut |_| Ok(())).unwrap()
+}
+
+fn cut(rig: &Rig, base: &Checkpoint, dropped: &[u32]) -> Decoder {
+    let cut = Cut::plan(base.index(), dropped, None).unwrap();
+    let written = cut.write(&rig.workspace(), rig.cx(Stage::Prune)).unwrap();
+    let pruned = Checkpoint::open(&rig.path("workspace").join(written.path)).unwrap();
+    Decoder::open(&pruned, &rig.compute).unwrap()
+}
+
+fn loss(rig: &Rig, decoder: &Decoder, windows: &[Vec<u32>]) -> f64 {
+    let requests: Vec<Request> = windows.iter().map(|w| Request { tokens: w.clone(), from: 1 }).collect();
+    let scored = likelihoods(decoder, &requests, "by hand", rig.cx(Stage::Eval)).unwrap();
+    let tokens: usize = windows.iter().map(|w| w.len() - 1).sum();
+    -scored.iter().map(|s| s.log_likelihood).sum::<f64>() / tokens as f64
+}
+
+#[test]
+fn damage_is_the_loss_of_the_pruned_checkpoint_above_the_intact_one() {
+    for tiny in [Tiny::llama(), Tiny::qwen2()] {
+        let rig = Rig::new();
+        let base = rig.base(&tiny);
+        let windows = windows(7, 40);
+        let mut oracle = open(&rig, &base, windows.clone());
+        let intact = Decoder::open(&base, &rig.compute).unwrap();
+        for count in [7, 2] {
+            let sets: [&[u32]; 4] = [&[0], &[0, 1, 2], &[1, 3, 4], &[5]];
+            let damages = measure(&mut oracle, &sets, count);
+            for (set, damage) in sets.iter().zip(damages) {
+                let above = loss(&rig, &cut(&rig, &base, set), &windows[..count])
+                    - loss(&rig, &intact, &windows[..count]);
+                assert!((damage - above).abs() < TOLERANCE, "{set:?} on {count}: {damage} {above}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_layer_that_does_nothing_does_no_damage() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny { identity: vec![2, 4], ..Tiny::llama() });
+    let mut oracle = open(&rig, &base, windows(4, 32));
+    let damages = measure(&mut oracle, &[&[1], &[2], &[2, 4], &[3]], 4);
+    for (damage, idle) in damages.iter().zip([false, true, true, false]) {
+        assert_eq!(damage.abs() < TOLERANCE, idle, "{damages:?}");
+    }
+}
+
+#[test]
+fn accuracy_lost_is_that_of_the_pruned_checkpoint() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    let item = |i: usize| Item::MultipleChoice {
+        context: format!("number {i} is"),
+        choices: ["odd", "even", "both", "none of these"].map(String::from).to_vec(),
+        gold: i % 4,
+    };
+    let items: Vec<Item> = (0..24).map(item).collect();
+    let mut oracle = Accuracy::open(&base, items.clone(), rig.cx(Stage::Select)).unwrap();
+    let right = |decoder: &Decoder, count: usize| {
+        let cx = rig.cx(Stage::Eval);
+        let answers =
+            tasks::answer(decoder, &base.tokenizer().unwrap(), "by hand", "t", &items[..count], cx).unwrap();
+        answers.iter().filter(|a| a.correct).count() as f64 / count as f64
+    };
+    let intact = Decoder::open(&base, &rig.compute).unwrap();
+    for count in [24, 5] {
+        for set in [&[0][..], &[1, 2], &[5]] {
+            let drop = measure(&mut oracle, &[set], count)[0];
+            let expected = right(&intact, count) - right(&cut(&rig, &base, set), count);
+            assert!((drop - expected).abs() < 1e-12, "{set:?} of {count}: {drop} {expected}");
+        }
+    }
+}
+
+#[test]
+fn progress_is_told_after_every_set_and_can_end_the_work() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    let mut oracle = open(&rig, &base, windows(3, 24));
+    assert_eq!((oracle.windows(), oracle.tokens(1)), (3, 24));
+    let sets: Vec<Vec<u32>> = (0..6).map(|l| vec![l]).collect();
+    let mut told = Vec::new();
+    let mut tell = |done: usize| -> Result<()> {
+        told.push(done);
+        if done == 4 { Err(Error::Stopped) } else { Ok(()) }
+    };
+    assert!(matches!(oracle.measure(&sets, 3, &mut tell), Err(Error::Stopped)));
+    assert_eq!(told, [1, 2, 3, 4]);
+}
+
+#[test]
+fn divergence_from_the_intact_model_is_that_of_all_its_predictions() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    let windows = windows(3, 24);
+    let divergence = |top_k: u32, set: &[u32]| {
+        let spec = DamageSpec { measure: DamageMeasure::Kl, top_k, ..DamageSpec::default() };
+        let mut oracle = Damage::open(&base, windows.clone(), &spec, rig.cx(Stage::Select)).unwrap();
+        measure(&mut oracle, &[set], 3)[0]
+    };
+    let intact = Decoder::open(&base, &rig.compute).unwrap();
+    let without = cut(&rig, &base, &[2, 3]);
+    let (mut sum, mut tokens) = (0.0, 0);
+    for window in &windows {
+        let batch = Batch::of(&[&window[..window.len() - 1]]);
+        let [p, q] = [&intact, &without].map(|decoder| {
+            let logits: Vec<Vec<f32>> =
+                decoder.logits(&decoder.forward(&batch).unwrap()).unwrap().to_vec2().unwrap();
+            logits.iter().map(|row| softmax(row)).collect::<Vec<_>>()
+        });
+        for (p, q) in p.iter().zip(&q) {
+            sum += p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum::<f64>();
+            tokens += 1;
+        }
+    }
+    let exact = sum / f64::from(tokens);
+    assert!((divergence(10_000, &[2, 3]) - exact).abs() < TOLERANCE, "{exact}");
+    // Taking the rest as one can only hide some of it.
+    let few = divergence(16, &[2, 3]);
+    assert!(few > 0.0 && few < exact, "{few} of {exact}");
+    assert!(divergence(10_000, &[]).abs() < TOLERANCE);
+}
+
+fn softmax(logits: &[f32]) -> Vec<f64> {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+    let exps: Vec<f64> = logits.iter().map(|v| f64::from(v - most).exp()).collect();
+    let sum: f64 = exps.iter().sum();
+    exps.iter().map(|e| e / sum).collect()
+}
+
+#[test]
+fn a_corpus_without_a_window_of_two_tokens_is_refused() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    let opened =
+        Damage::open(&base, vec![vec![1], Vec::new()], &DamageSpec::default(), rig.cx(Stage::Select));
+    assert!(opened.err().unwrap().to_string().contains("two tokens"));
+}
