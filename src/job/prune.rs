@@ -82,10 +82,11 @@ pub struct DamageSpec {
     pub measure: DamageMeasure,
     /// `kl`: the likeliest tokens of the intact model that are compared one by one; the others count as one.
     pub top_k: u32,
-    /// Sets of layers a strategy may measure; it then gives the best so far. No bound when absent.
+    /// Sets of layers a strategy may measure; it then gives the best so far, which is measured in any case. No bound
+    /// when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_evaluations: Option<u32>,
-    /// Tokens a strategy may send through the model; it then gives the best so far. No bound when absent.
+    /// Tokens a strategy may send through the model to measure, likewise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u64>,
     /// `beam_damage`: partial cuts kept after each layer.

@@ -181,7 +181,7 @@ fn choice(out: &mut String, report: &Report) {
     put(
         out,
         &format!(
-            "<section><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, before any \
+            "<section class='words'><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, before any \
              healing: 0.1 is a tenth more perplexity.</p>",
             selection.strategy.name()
         ),
@@ -204,11 +204,14 @@ fn choice(out: &mut String, report: &Report) {
     }
     let row = |c: &Compared| {
         let searched = if c.budget_exhausted { "ended with its budget" } else { "to its end" };
-        let cost = format!("{} sets, {} tokens", c.cost.evaluations, amount(c.cost.tokens as f64));
+        let cost = match c.cost.evaluations {
+            0 => "nothing".to_owned(),
+            sets => format!("{sets} cuts, {} tokens", amount(c.cost.tokens as f64)),
+        };
         vec![c.strategy.name().into(), runs_text(&c.dropped), damage_text(c.damage), cost, searched.into()]
     };
     let rows: Vec<Vec<String>> = selection.compared.iter().map(row).collect();
-    table(out, &["strategy", "layers", "damage", "measured", "search"], &rows);
+    table(out, &["strategy", "layers", "damage", "measured to choose", "search"], &rows);
     put(out, "</section>");
 }
 
@@ -354,6 +357,7 @@ th,td{padding:.36rem .8rem .36rem 0;border-bottom:1px solid var(--rule);text-ali
 th:first-child,td:first-child{text-align:left}
 tbody th{font-weight:400}
 thead th{font-weight:600;color:var(--soft)}
+.words th,.words td{text-align:left}
 small{color:var(--soft)}
 figure{margin:1.4rem 0 .6rem}
 figcaption{color:var(--soft);font-size:.88rem}
