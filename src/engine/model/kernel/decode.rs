@@ -2,12 +2,11 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _CMP_UNORD_Q, _mm256_loadu_si256, _mm512_add_epi32, _mm512_and_si512,
-    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
-    _mm512_loadu_ps, _mm512_mask_or_epi32, _mm512_set1_epi32, _mm512_slli_epi32, _mm512_srli_epi32,
+    __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
+    _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_loadu_ps, _mm512_mask_or_epi32, _mm512_set1_epi32, _mm512_slli_epi32,
+    _mm512_srli_epi32,
 };
-
-use super::round;
 
 /// Stored values as numbers, one or sixteen at a time.
 pub(super) trait Decode: Sync {
@@ -20,12 +19,10 @@ pub(super) trait Decode: Sync {
         std::array::from_fn(|i| self.value(at + i))
     }
 
-    /// The same as the low halves of words, rounded to bfloat16.
+    /// Has the processor fetch value `at`, which may be behind the end.
     #[inline(always)]
     #[allow(clippy::inline_always)]
-    fn halves(&self, at: usize) -> [u32; 16] {
-        self.sixteen(at).map(round)
-    }
+    fn prefetch(&self, _at: usize) {}
 
     /// [`Self::sixteen`] by AVX-512.
     ///
@@ -35,7 +32,7 @@ pub(super) trait Decode: Sync {
     #[allow(unsafe_code)]
     unsafe fn wide(&self, at: usize) -> __m512;
 
-    /// [`Self::halves`] by AVX-512.
+    /// The same as the low halves of words, rounded to bfloat16.
     ///
     /// # Safety
     /// The processor must have AVX-512.
@@ -61,6 +58,20 @@ pub(super) fn round_wide(x: __m512) -> __m512i {
     let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
     let no_number = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
     _mm512_mask_or_epi32(rounded, no_number, high, _mm512_set1_epi32(0x40))
+}
+
+/// Has the processor fetch the cache line of byte `at`, which may be behind the end.
+#[inline(always)]
+#[allow(clippy::inline_always)]
+pub(super) fn fetch(bytes: &[u8], at: usize) {
+    // SAFETY: a hint, which no address makes fail; the pointer is never read.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (bytes, at);
 }
 
 /// Sixteen values of two bytes from value `at` on.
@@ -104,13 +115,14 @@ impl Decode for Bf16<'_> {
 
     #[inline(always)]
     fn sixteen(&self, at: usize) -> [f32; 16] {
-        self.halves(at).map(super::widen)
+        let bytes = &self.0[2 * at..2 * at + 32];
+        let half = |i: usize| u32::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]));
+        std::array::from_fn(|i| super::widen(half(i)))
     }
 
     #[inline(always)]
-    fn halves(&self, at: usize) -> [u32; 16] {
-        let bytes = &self.0[2 * at..2 * at + 32];
-        std::array::from_fn(|i| u32::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])))
+    fn prefetch(&self, at: usize) {
+        fetch(self.0, 2 * at);
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -138,6 +150,11 @@ impl Decode for F16<'_> {
         half::f16::from_le_bytes([self.0[2 * at], self.0[2 * at + 1]]).to_f32()
     }
 
+    #[inline(always)]
+    fn prefetch(&self, at: usize) {
+        fetch(self.0, 2 * at);
+    }
+
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
@@ -153,6 +170,11 @@ impl Decode for F32<'_> {
     fn value(&self, at: usize) -> f32 {
         let b = &self.0[4 * at..4 * at + 4];
         f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize) {
+        fetch(self.0, 4 * at);
     }
 
     #[inline(always)]

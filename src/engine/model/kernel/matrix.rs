@@ -8,7 +8,7 @@ use super::buffer::Line;
 use super::decode::{Bf16, Decode, F16, F32};
 use super::few::{self, Dots};
 use super::quant::{Int8, Nf4};
-use super::unpack::{self, Place};
+use super::unpack::{self, Grid, Place};
 
 /// A matrix `[rows, columns]` as it is stored. Cheap to clone.
 #[derive(Clone)]
@@ -174,17 +174,17 @@ impl Matrix {
         decoded!(&self.data, |data| copy(data, from, out));
     }
 
-    /// Writes a strip: the sixteen results from `first` on, a line for each step of the depth from `start` on;
-    /// zero outside.
-    pub(super) fn strip(&self, side: Side, first: usize, start: usize, out: &mut [Line]) {
+    /// Writes strips of sixteen results from `first` on, a line for each step of the depth from `start` on; zero
+    /// outside.
+    pub(super) fn strips(&self, side: Side, first: usize, start: usize, grid: Grid, out: &mut [Line]) {
         let place = Place { rows: self.rows, columns: self.columns, first, start };
-        decoded!(&self.data, |data| unpack::strip(data, side, place, out));
+        decoded!(&self.data, |data| unpack::strips(data, side, place, grid, out));
     }
 
     /// The same rounded to bfloat16, a line for each two steps, the first one in the low half.
-    pub(super) fn pairs(&self, side: Side, first: usize, start: usize, out: &mut [Line]) {
+    pub(super) fn pairs(&self, side: Side, first: usize, start: usize, grid: Grid, out: &mut [Line]) {
         let place = Place { rows: self.rows, columns: self.columns, first, start };
-        decoded!(&self.data, |data| unpack::pairs(data, side, place, out));
+        decoded!(&self.data, |data| unpack::pairs(data, side, place, grid, out));
     }
 
     /// Rows `first..` times the rows of `dots` (see [`few::dots`]).

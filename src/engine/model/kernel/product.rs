@@ -9,6 +9,7 @@ use super::left::{Form, Left};
 use super::matrix::{Matrix, Side};
 pub use super::outer::outer;
 use super::tile::{self, Kind, Rows, STRIPS, Strips, TILE};
+use super::unpack::Grid;
 
 /// So few rows are not worth unpacking a matrix for: they are multiplied with it as it lies.
 pub(super) const FEW: usize = 16;
@@ -114,7 +115,7 @@ struct Piece {
 
 /// What of each term is added in which pass over the result. Nearly always it is one.
 fn passes(terms: &[Term]) -> Vec<Vec<Piece>> {
-    let most = CACHED_LINES / STRIPS;
+    let most = CACHED_LINES / (4 * STRIPS);
     let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
     let mut filled = 0;
     for (i, term) in terms.iter().enumerate() {
@@ -181,10 +182,7 @@ impl Work<'_> {
         for (number, pass) in self.passes.iter().enumerate() {
             let depth = depth_of(pass);
             let mut scratch = Buffer::of_lines(strips.len() * depth);
-            let lines = scratch.lines_mut();
-            for (strip, lines) in strips.clone().zip(lines.chunks_mut(depth)) {
-                self.unpack(pass, strip, lines);
-            }
+            self.unpack(pass, strips.clone(), depth, scratch.lines_mut());
             let lines = scratch.lines();
             for row in rows.clone().step_by(TILE) {
                 let count = TILE.min(rows.end - row);
@@ -205,15 +203,18 @@ impl Work<'_> {
         }
     }
 
-    fn unpack(&self, pass: &[Piece], strip: usize, mut lines: &mut [Line]) {
+    fn unpack(&self, pass: &[Piece], strips: std::ops::Range<usize>, depth: usize, lines: &mut [Line]) {
+        let mut at = 0;
         for piece in pass {
-            let term = &self.terms[piece.term];
-            let (out, rest) = lines.split_at_mut(piece.lines);
-            match term.left.form {
-                Form::Floats(_) => term.right.strip(term.side, 16 * strip, piece.start, out),
-                Form::Pairs(_) | Form::Tiles(_) => term.right.pairs(term.side, 16 * strip, piece.start, out),
+            let Term { left, right, side } = self.terms[piece.term];
+            let grid = Grid { strips: strips.len(), apart: depth, lines: piece.lines };
+            match left.form {
+                Form::Floats(_) => right.strips(side, 16 * strips.start, piece.start, grid, &mut lines[at..]),
+                Form::Pairs(_) | Form::Tiles(_) => {
+                    right.pairs(side, 16 * strips.start, piece.start, grid, &mut lines[at..]);
+                }
             }
-            lines = rest;
+            at += piece.lines;
         }
     }
 

@@ -12,20 +12,40 @@ use super::decode::Decode;
 #[cfg(target_arch = "x86_64")]
 use super::decode::{loaded, round_wide};
 use super::matrix::Side;
-use super::{round, wide};
+use super::wide;
 
-/// Which part of a matrix a strip holds.
+/// How strips lie side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Grid {
+    pub strips: usize,
+    /// Lines from strip to strip, of which `lines` are written.
+    pub apart: usize,
+    pub lines: usize,
+}
+
+impl Grid {
+    fn of<'a>(&self, strip: usize, out: &'a mut [Line]) -> &'a mut [Line] {
+        &mut out[strip * self.apart..][..self.lines]
+    }
+}
+
+/// Which part of a matrix strips hold.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub rows: usize,
     pub columns: usize,
-    /// The first of the sixteen results.
+    /// The first result of the first strip.
     pub first: usize,
     /// The first step of the depth.
     pub start: usize,
 }
 
 impl Place {
+    /// The place of one strip alone.
+    fn of(self, strip: usize) -> Self {
+        Self { first: self.first + 16 * strip, ..self }
+    }
+
     /// Where sixteen values of a row from `column` on are stored, when all of them are in the matrix.
     fn whole(&self, row: usize, column: usize) -> Option<usize> {
         (row < self.rows && column + 16 <= self.columns).then_some(row * self.columns + column)
@@ -41,13 +61,6 @@ impl Place {
             if inside { data.value(row * self.columns + column + i) } else { 0.0 }
         };
         std::array::from_fn(value)
-    }
-
-    fn halves(&self, data: &impl Decode, row: usize, column: usize) -> [u32; 16] {
-        match self.whole(row, column) {
-            Some(at) => data.halves(at),
-            None => self.values(data, row, column).map(round),
-        }
     }
 
     /// The same by AVX-512.
@@ -81,62 +94,47 @@ impl Place {
     }
 }
 
-/// Writes a strip: sixteen results, a line for each step of the depth; zero outside.
-pub(super) fn strip(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+/// Writes strips: sixteen results each, a line for each step of the depth; zero outside.
+pub(super) fn strips(data: &impl Decode, side: Side, place: Place, grid: Grid, out: &mut [Line]) {
     #[cfg(target_arch = "x86_64")]
     if wide() {
         // SAFETY: the processor has AVX-512.
         #[allow(unsafe_code)]
-        return unsafe { strip_wide(data, side, place, out) };
+        return unsafe { strips_wide(data, side, place, grid, out) };
     }
-    match side {
-        Side::Columns => {
-            for (i, line) in out.iter_mut().enumerate() {
-                line.0 = place.values(data, place.start + i, place.first);
+    for strip in 0..grid.strips {
+        let (place, out) = (place.of(strip), grid.of(strip, out));
+        match side {
+            Side::Columns => {
+                for (i, line) in out.iter_mut().enumerate() {
+                    line.0 = place.values(data, place.start + i, place.first);
+                }
             }
-        }
-        Side::Rows => {
-            for (i, lines) in out.chunks_mut(16).enumerate() {
-                let column = place.start + 16 * i;
-                let row = |i: usize| place.values(data, place.first + i, column).map(f32::to_bits);
-                write(&std::array::from_fn(row), lines);
+            Side::Rows => {
+                for (i, lines) in out.chunks_mut(16).enumerate() {
+                    let column = place.start + 16 * i;
+                    let row = |i: usize| place.values(data, place.first + i, column).map(f32::to_bits);
+                    write(&std::array::from_fn(row), lines);
+                }
             }
         }
     }
 }
 
-/// Writes a strip rounded to bfloat16, a line for each two steps of the depth, the first one in the low half.
-pub(super) fn pairs(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+/// Writes strips rounded to bfloat16, a line for each two steps of the depth, the first one in the low half.
+///
+/// # Panics
+/// Without AVX-512: nobody multiplies bfloat16 there.
+pub(super) fn pairs(data: &impl Decode, side: Side, place: Place, grid: Grid, out: &mut [Line]) {
+    assert!(wide(), "no bfloat16 here. This is a bug.");
     #[cfg(target_arch = "x86_64")]
-    if wide() {
-        // SAFETY: the processor has AVX-512.
-        #[allow(unsafe_code)]
-        return unsafe { pairs_wide(data, side, place, out) };
+    // SAFETY: the processor has AVX-512.
+    #[allow(unsafe_code)]
+    unsafe {
+        pairs_wide(data, side, place, grid, out);
     }
-    match side {
-        Side::Columns => {
-            for (i, line) in out.iter_mut().enumerate() {
-                let row = place.start + 2 * i;
-                let low = place.halves(data, row, place.first);
-                let high = place.halves(data, row + 1, place.first);
-                let line = words_mut(&mut line.0);
-                for i in 0..16 {
-                    line[i] = low[i] | high[i] << 16;
-                }
-            }
-        }
-        Side::Rows => {
-            for (i, lines) in out.chunks_mut(16).enumerate() {
-                let column = place.start + 32 * i;
-                let row = |i: usize| {
-                    let [a, b] = [column, column + 16].map(|c| place.halves(data, place.first + i, c));
-                    let both = |i: usize| if i < 16 { a[i] } else { b[i - 16] };
-                    std::array::from_fn(|i| both(2 * i) | both(2 * i + 1) << 16)
-                };
-                write(&std::array::from_fn(row), lines);
-            }
-        }
-    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, side, place, grid, out);
 }
 
 /// Writes a block of sixteen rows as lines of its columns, as many as there are.
@@ -148,27 +146,46 @@ fn write(block: &[[u32; 16]; 16], lines: &mut [Line]) {
 
 // Loops, not closures, from here on: what is not compiled for AVX-512 is called for every sixteen values.
 
+/// Rows that are read at a time, and asked for in advance.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 32;
+
 /// # Safety
 /// The processor must have AVX-512.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
-unsafe fn strip_wide(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+unsafe fn strips_wide(data: &impl Decode, side: Side, place: Place, grid: Grid, out: &mut [Line]) {
     match side {
         Side::Columns => {
-            for (i, line) in out.iter_mut().enumerate() {
-                // SAFETY: the processor has AVX-512.
-                store(line, unsafe { place.wide_values(data, place.start + i, place.first) });
+            // A few rows of all strips at a time, as they lie.
+            for i in (0..grid.lines).step_by(AHEAD) {
+                let lines = AHEAD.min(grid.lines - i);
+                for strip in 0..grid.strips {
+                    let column = place.first + 16 * strip;
+                    let out = &mut out[strip * grid.apart + i..][..lines];
+                    for (j, line) in out.iter_mut().enumerate() {
+                        let row = place.start + i + j;
+                        data.prefetch((row + AHEAD) * place.columns + column);
+                        // SAFETY: the processor has AVX-512.
+                        store(line, unsafe { place.wide_values(data, row, column) });
+                    }
+                }
             }
         }
         Side::Rows => {
-            for (i, lines) in out.chunks_mut(16).enumerate() {
-                let mut block = [_mm512_setzero_si512(); 16];
-                for (j, row) in block.iter_mut().enumerate() {
-                    // SAFETY: the processor has AVX-512.
-                    *row = unsafe { place.wide_values(data, place.first + j, place.start + 16 * i) };
+            for strip in 0..grid.strips {
+                let place = place.of(strip);
+                for (i, lines) in grid.of(strip, out).chunks_mut(16).enumerate() {
+                    let mut block = [_mm512_setzero_si512(); 16];
+                    for (j, values) in block.iter_mut().enumerate() {
+                        let (row, column) = (place.first + j, place.start + 16 * i);
+                        data.prefetch((row + 16) * place.columns + column);
+                        // SAFETY: the processor has AVX-512.
+                        *values = unsafe { place.wide_values(data, row, column) };
+                    }
+                    turned(block, lines);
                 }
-                turned(block, lines);
             }
         }
     }
@@ -179,35 +196,49 @@ unsafe fn strip_wide(data: &impl Decode, side: Side, place: Place, out: &mut [Li
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
-unsafe fn pairs_wide(data: &impl Decode, side: Side, place: Place, out: &mut [Line]) {
+unsafe fn pairs_wide(data: &impl Decode, side: Side, place: Place, grid: Grid, out: &mut [Line]) {
     match side {
         Side::Columns => {
-            for (i, line) in out.iter_mut().enumerate() {
-                let row = place.start + 2 * i;
-                // SAFETY: the processor has AVX-512.
-                let (low, high) = unsafe {
-                    (place.wide_halves(data, row, place.first), place.wide_halves(data, row + 1, place.first))
-                };
-                store(line, _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+            // A few rows of all strips at a time, as they lie.
+            for i in (0..grid.lines).step_by(AHEAD / 2) {
+                let lines = (AHEAD / 2).min(grid.lines - i);
+                for strip in 0..grid.strips {
+                    let column = place.first + 16 * strip;
+                    let out = &mut out[strip * grid.apart + i..][..lines];
+                    for (j, line) in out.iter_mut().enumerate() {
+                        let row = place.start + 2 * (i + j);
+                        data.prefetch((row + AHEAD) * place.columns + column);
+                        data.prefetch((row + AHEAD + 1) * place.columns + column);
+                        // SAFETY: the processor has AVX-512.
+                        let (low, high) = unsafe {
+                            (place.wide_halves(data, row, column), place.wide_halves(data, row + 1, column))
+                        };
+                        store(line, _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+                    }
+                }
             }
         }
         Side::Rows => {
             let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-            for (i, lines) in out.chunks_mut(16).enumerate() {
-                let column = place.start + 32 * i;
-                let mut block = [_mm512_setzero_si512(); 16];
-                for (j, pairs) in block.iter_mut().enumerate() {
-                    let row = place.first + j;
-                    // SAFETY: the processor has AVX-512.
-                    let (a, b) = unsafe {
-                        (place.wide_halves(data, row, column), place.wide_halves(data, row, column + 16))
-                    };
-                    let low = _mm512_permutex2var_epi32(a, even, b);
-                    let high = _mm512_permutex2var_epi32(a, odd, b);
-                    *pairs = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+            for strip in 0..grid.strips {
+                let place = place.of(strip);
+                for (i, lines) in grid.of(strip, out).chunks_mut(16).enumerate() {
+                    let column = place.start + 32 * i;
+                    let mut block = [_mm512_setzero_si512(); 16];
+                    for (j, pairs) in block.iter_mut().enumerate() {
+                        let row = place.first + j;
+                        data.prefetch((row + 16) * place.columns + column);
+                        // SAFETY: the processor has AVX-512.
+                        let (a, b) = unsafe {
+                            (place.wide_halves(data, row, column), place.wide_halves(data, row, column + 16))
+                        };
+                        let low = _mm512_permutex2var_epi32(a, even, b);
+                        let high = _mm512_permutex2var_epi32(a, odd, b);
+                        *pairs = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                    }
+                    turned(block, lines);
                 }
-                turned(block, lines);
             }
         }
     }
