@@ -15,6 +15,9 @@ use super::unpack::{strips_of, turned_strips_of};
 /// Queries of one task: the keys are laid out anew for each.
 const QUERIES: usize = 128;
 
+/// Products of queries with keys that take longer than it takes to wake another thread.
+const WORTH_HANDING_OUT: usize = 1 << 17;
+
 /// Where heads lie: that of head `j` at row `i` starts at `start + i * row + j * head`.
 #[derive(Clone, Copy)]
 pub struct Heads<'a> {
@@ -26,7 +29,12 @@ pub struct Heads<'a> {
 
 impl<'a> Heads<'a> {
     fn at(&self, row: usize, head: usize, dim: usize) -> &'a [f32] {
-        &self.values[self.start + row * self.row + head * self.head..][..dim]
+        &self.from(row, head)[..dim]
+    }
+
+    /// All from that of a head on.
+    fn from(&self, row: usize, head: usize) -> &'a [f32] {
+        &self.values[self.start + row * self.row + head * self.head..]
     }
 }
 
@@ -51,15 +59,20 @@ impl Sequence {
         self.keys.iter().map(ExactSizeIterator::len).sum::<usize>() - self.queries.len()
     }
 
-    /// Rows of keys `seen`, counted from the beginning of the text.
-    fn key_rows(&self, seen: Range<usize>) -> impl Iterator<Item = usize> {
+    /// Rows of keys `seen`, counted from the beginning of the text, as far as they lie together.
+    fn key_ranges(&self, seen: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let mut first = 0;
-        self.keys.iter().flat_map(move |rows| {
+        self.keys.iter().map(move |rows| {
             let within = |key: usize| rows.start + key.clamp(first, first + rows.len()) - first;
             let part = within(seen.start)..within(seen.end);
             first += rows.len();
             part
         })
+    }
+
+    /// The same one by one.
+    fn key_rows(&self, seen: Range<usize>) -> impl Iterator<Item = usize> {
+        self.key_ranges(seen).flatten()
     }
 }
 
@@ -91,14 +104,21 @@ impl Attention<'_> {
                 tasks.extend(starts.map(|q| (i, head, q..(q + QUERIES).min(sequence.queries.len()))));
             }
         }
-        tasks.into_par_iter().for_each(|(i, kv_head, queries)| {
-            let sequence = &self.sequences[i];
+        let run = |(i, kv_head, queries): (usize, usize, Range<usize>)| {
+            let sequence: &Sequence = &self.sequences[i];
             if queries.len() <= 2 {
                 self.gather_few(sequence, kv_head, queries, &out, &log_sums);
             } else {
                 self.gather(sequence, kv_head, queries, &out, &log_sums);
             }
-        });
+        };
+        let seen = |sequence: &Sequence| sequence.queries.len() * (sequence.past() + sequence.queries.len());
+        let work = self.sequences.iter().map(seen).sum::<usize>() * self.heads * self.dim;
+        if work < WORTH_HANDING_OUT {
+            tasks.into_iter().for_each(run);
+        } else {
+            tasks.into_par_iter().for_each(run);
+        }
     }
 
     /// Keys that a query sees, counted from the first key of the sequence.
@@ -182,16 +202,22 @@ impl Attention<'_> {
             let mut scores = Buffer::new(seen.len());
             for head in kv_head * group..(kv_head + 1) * group {
                 let q = self.q.at(sequence.queries.start + query, head, d);
-                for (score, row) in scores.iter_mut().zip(sequence.key_rows(seen.clone())) {
-                    *score = rows::product(q, self.k.at(row, kv_head, d));
+                let mut rest = &mut scores[..];
+                for rows in sequence.key_ranges(seen.clone()).filter(|rows| !rows.is_empty()) {
+                    let (part, more) = rest.split_at_mut(rows.len());
+                    scores::few_scores(q, self.k.from(rows.start, kv_head), self.k.row, part);
+                    rest = more;
                 }
                 let (sum, most) = scores::shares(&mut scores, 0..seen.len(), self.scoring);
                 let row = (sequence.queries.start + query) * self.heads + head;
                 log_sums.slice(row, 1)[0] = most + sum.ln();
                 let out = out.slice(row * d, d);
                 out.fill(0.0);
-                for (share, row) in scores.iter().zip(sequence.key_rows(seen.clone())) {
-                    rows::add_scaled(out, share / sum, self.v.at(row, kv_head, d));
+                let mut rest = &scores[..];
+                for rows in sequence.key_ranges(seen.clone()).filter(|rows| !rows.is_empty()) {
+                    let (part, more) = rest.split_at(rows.len());
+                    scores::gather_few(part, 1.0 / sum, self.v.from(rows.start, kv_head), self.v.row, out);
+                    rest = more;
                 }
             }
         }

@@ -2,11 +2,14 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
-    _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
-    _mm512_cvtph_ps, _mm512_loadu_ps, _mm512_mask_or_epi32, _mm512_set1_epi32, _mm512_slli_epi32,
-    _mm512_srli_epi32,
+    __m256i, __m512, __m512bh, __m512i, _CMP_UNORD_Q, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256,
+    _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask,
+    _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mask_or_epi32, _mm512_set1_epi32, _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
+    _mm512_storeu_si512,
 };
+
+use super::{Path, path};
 
 /// Stored values as numbers, one or sixteen at a time.
 pub(super) trait Decode: Sync {
@@ -23,6 +26,56 @@ pub(super) trait Decode: Sync {
     #[inline(always)]
     #[allow(clippy::inline_always)]
     fn prefetch(&self, _at: usize) {}
+
+    /// Values from `at` on; those from `next` on are asked for.
+    fn floats(&self, at: usize, out: &mut [f32], next: usize) {
+        let (many, rest) = out.as_chunks_mut::<16>();
+        let whole = 16 * many.len();
+        #[cfg(target_arch = "x86_64")]
+        if super::wide() {
+            // SAFETY: the processor has AVX-512.
+            #[allow(unsafe_code)]
+            unsafe {
+                wide_floats(self, at, many, next);
+            }
+            rest.iter_mut().enumerate().for_each(|(i, out)| *out = self.value(at + whole + i));
+            return;
+        }
+        many.iter_mut().enumerate().for_each(|(i, out)| *out = self.sixteen(at + 16 * i));
+        rest.iter_mut().enumerate().for_each(|(i, out)| *out = self.value(at + whole + i));
+    }
+
+    /// Values from `at` on rounded to bfloat16, two in each word of `out`, which are whole sixteens; those from
+    /// `next` on are asked for.
+    ///
+    /// # Panics
+    /// On a path without AVX512-BF16.
+    fn pairs(&self, at: usize, out: &mut [u32], next: usize) {
+        assert!(path() >= Path::Bf16, "no bfloat16 here. This is a bug.");
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has AVX-512 and AVX512-BF16.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.wide_many_pairs(at, out.as_chunks_mut().0, next);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (at, out, next);
+    }
+
+    /// [`Self::pairs`] in registers.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512 and AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+    unsafe fn wide_many_pairs(&self, at: usize, out: &mut [[u32; 16]], next: usize) {
+        for (i, out) in out.iter_mut().enumerate() {
+            self.prefetch(next + 32 * i);
+            // SAFETY: the same as asked for here; sixteen words are written.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), self.wide_pairs(at + 32 * i)) }
+        }
+    }
 
     /// [`Self::sixteen`] by AVX-512.
     ///
@@ -44,9 +97,38 @@ pub(super) trait Decode: Sync {
         // SAFETY: the same as asked for here.
         round_wide(unsafe { self.wide(at) })
     }
+
+    /// Values `at..at + 32` rounded to bfloat16.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512 and AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+    #[inline]
+    unsafe fn wide_pairs(&self, at: usize) -> __m512i {
+        // SAFETY: the same as asked for here; both types are 512 plain bits.
+        unsafe {
+            let pairs = _mm512_cvtne2ps_pbh(self.wide(at + 16), self.wide(at));
+            std::mem::transmute::<__m512bh, __m512i>(pairs)
+        }
+    }
 }
 
-/// [`round`] for sixteen.
+/// # Safety
+/// The processor must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+unsafe fn wide_floats<D: Decode + ?Sized>(data: &D, at: usize, out: &mut [[f32; 16]], next: usize) {
+    for (i, out) in out.iter_mut().enumerate() {
+        data.prefetch(next + 16 * i);
+        // SAFETY: the same as asked for here; sixteen floats are written.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), data.wide(at + 16 * i)) }
+    }
+}
+
+/// [`super::round`] for sixteen.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -140,6 +222,16 @@ impl Decode for Bf16<'_> {
     #[inline]
     unsafe fn wide_halves(&self, at: usize) -> __m512i {
         _mm512_cvtepu16_epi32(sixteen_halves(self.0, at))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+    #[inline]
+    unsafe fn wide_pairs(&self, at: usize) -> __m512i {
+        let bytes = &self.0[2 * at..2 * at + 64];
+        // SAFETY: 64 bytes are read.
+        unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
     }
 }
 

@@ -47,22 +47,17 @@ impl Left {
                     tiles(row, r, out);
                 }))
             }
-            (Some(rounding), _) if rows > FEW => {
+            // Few rows have to give the numbers that many would, where they are rounded once.
+            (Some(rounding), _) if rows > FEW || rounding == Rounding::Once => {
                 let width = depth.div_ceil(2);
                 Form::Pairs(packed(rows, depth, rounding, width, &row, |row, r, out| {
                     pairs(row, &mut out[r * width..][..width]);
                 }))
             }
-            (rounding, _) => {
+            _ => {
                 let mut floats = Buffer::new(rows * depth);
                 floats.par_chunks_mut(depth.max(1) * TILE).enumerate().for_each(|(tile, out)| {
-                    for (i, out) in out.chunks_mut(depth.max(1)).enumerate() {
-                        row(tile * TILE + i, out);
-                        if rounding == Some(Rounding::Once) {
-                            // Few rows give the numbers that many would.
-                            out.iter_mut().for_each(|v| *v = widen(round(*v)));
-                        }
-                    }
+                    out.chunks_mut(depth.max(1)).enumerate().for_each(|(i, out)| row(tile * TILE + i, out));
                 });
                 Form::Floats(floats)
             }

@@ -6,7 +6,8 @@ use bytes::Bytes;
 
 use super::buffer::Line;
 use super::decode::{Bf16, Decode, F16, F32};
-use super::few::{self, Dots};
+use super::few::{self, Few};
+use super::product::{Out, Start};
 use super::quant::{Int8, Nf4};
 use super::unpack::{self, Grid, Place};
 
@@ -187,10 +188,9 @@ impl Matrix {
         decoded!(&self.data, |data| unpack::pairs(data, side, place, grid, out));
     }
 
-    /// Rows `first..` times the rows of `dots` (see [`few::dots`]).
-    pub(super) fn dots(&self, first: usize, dots: Dots, out: &mut [f32]) {
-        let columns = self.columns;
-        decoded!(&self.data, |data| few::dots(data, first, columns, dots, out));
+    /// Writes the products of `few` rows with its rows `results` (see [`few::dots`]).
+    pub(super) fn dots(&self, results: Range<usize>, few: Few, start: Start, out: &Out) {
+        decoded!(&self.data, |data| few::dots(data, results, few, start, out));
     }
 }
 

@@ -5,18 +5,20 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m512, _mm_loadl_epi64, _mm_loadu_si128, _mm_unpacklo_epi8, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtepu8_epi32, _mm512_mul_ps, _mm512_permutexvar_ps, _mm512_set_epi32, _mm512_set1_ps,
-    _mm512_srlv_epi32,
+    __m256bh, __m256i, __m512, __m512bh, __m512i, _mm_loadl_epi64, _mm_loadu_si128, _mm_unpacklo_epi8,
+    _mm512_broadcast_i64x4, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
+    _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_epi16,
+    _mm512_permutexvar_ps, _mm512_set_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi32,
+    _mm512_srlv_epi32, _mm512_storeu_si512,
 };
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use rayon::prelude::*;
 
-use super::decode::Decode;
 #[cfg(target_arch = "x86_64")]
 use super::decode::loaded;
+use super::decode::{Decode, fetch};
 
 /// Weights that share one scale.
 const BLOCK: usize = 64;
@@ -75,13 +77,23 @@ impl Decode for Nf4 {
         NF4[usize::from(code)] * self.scales.of(at / BLOCK)
     }
 
+    #[inline(always)]
+    fn sixteen(&self, at: usize) -> [f32; 16] {
+        if !at.is_multiple_of(16) {
+            return std::array::from_fn(|i| self.value(at + i));
+        }
+        let scale = self.scales.of(at / BLOCK);
+        let codes = &self.codes[at / 2..at / 2 + 8];
+        std::array::from_fn(|i| NF4[usize::from(codes[i / 2] >> (4 * (1 - i % 2)) & 15)] * scale)
+    }
+
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
     #[inline]
     unsafe fn wide(&self, at: usize) -> __m512 {
         if !at.is_multiple_of(16) {
-            return loaded(&self.sixteen(at));
+            return across(self, at);
         }
         let codes = &self.codes[at / 2..at / 2 + 8];
         // SAFETY: eight bytes are read.
@@ -91,6 +103,95 @@ impl Decode for Nf4 {
         let shifts = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
         let values = _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shifts), loaded(&NF4));
         _mm512_mul_ps(values, _mm512_set1_ps(self.scales.of(at / BLOCK)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+    #[inline]
+    unsafe fn wide_pairs(&self, at: usize) -> __m512i {
+        if !at.is_multiple_of(32) {
+            return pairs_across(self, at);
+        }
+        self.looked_up(at, table(self.scales.of(at / BLOCK)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+    unsafe fn wide_many_pairs(&self, at: usize, out: &mut [[u32; 16]], _next: usize) {
+        for (i, out) in out.chunks_mut(2).enumerate() {
+            let at = at + BLOCK * i;
+            if at.is_multiple_of(BLOCK) {
+                let table = table(self.scales.of(at / BLOCK));
+                for (half, out) in out.iter_mut().enumerate() {
+                    // SAFETY: sixteen words are written.
+                    unsafe {
+                        _mm512_storeu_si512(out.as_mut_ptr().cast(), self.looked_up(at + 32 * half, table))
+                    }
+                }
+            } else {
+                for (half, out) in out.iter_mut().enumerate() {
+                    // SAFETY: the same as asked for here; sixteen words are written.
+                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), self.wide_pairs(at + 32 * half)) }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize) {
+        fetch(&self.codes, at / 2);
+    }
+}
+
+/// What the sixteen codes stand for with this scale, in bfloat16; twice.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[inline]
+fn table(scale: f32) -> __m512i {
+    let values = _mm512_cvtneps_pbh(_mm512_mul_ps(loaded(&NF4), _mm512_set1_ps(scale)));
+    // SAFETY: both types are 256 plain bits.
+    #[allow(unsafe_code)]
+    let values = unsafe { std::mem::transmute::<__m256bh, __m256i>(values) };
+    _mm512_broadcast_i64x4(values)
+}
+
+impl Nf4 {
+    /// Values `at..at + 32`, which are those of `table`.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    #[inline]
+    fn looked_up(&self, at: usize, table: __m512i) -> __m512i {
+        let codes = &self.codes[at / 2..at / 2 + 16];
+        // SAFETY: sixteen bytes are read.
+        #[allow(unsafe_code)]
+        let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
+        // The high nibble in the low half, the low one in the high half. Of an index five bits count: above a
+        // nibble there may be a bit of the other one, so the table holds each value twice.
+        let places = _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
+        _mm512_permutexvar_epi16(places, table)
+    }
+}
+
+/// Values that begin anywhere. Apart, and not inlined: where the rest is, is what time goes into.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[cold]
+fn across(data: &impl Decode, at: usize) -> __m512 {
+    loaded(&data.sixteen(at))
+}
+
+/// The same for 32 values in bfloat16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[cold]
+fn pairs_across(data: &impl Decode, at: usize) -> __m512i {
+    let pairs = _mm512_cvtne2ps_pbh(loaded(&data.sixteen(at + 16)), loaded(&data.sixteen(at)));
+    // SAFETY: both types are 512 plain bits.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::mem::transmute::<__m512bh, __m512i>(pairs)
     }
 }
 
@@ -121,13 +222,18 @@ impl Decode for Int8 {
     #[inline]
     unsafe fn wide(&self, at: usize) -> __m512 {
         if !at.is_multiple_of(16) {
-            return loaded(&self.sixteen(at));
+            return across(self, at);
         }
         let codes = &self.codes[at..at + 16];
         // SAFETY: sixteen bytes are read.
         let codes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
         let values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
         _mm512_mul_ps(values, _mm512_set1_ps(self.scales[at / BLOCK]))
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize) {
+        fetch(&self.codes, at);
     }
 }
 

@@ -25,6 +25,44 @@ vectorised! {
     }
 }
 
+vectorised! {
+    /// The products of `q` with keys that begin `step` values behind one another.
+    pub(super) fn few_scores[v](q: &[f32], keys: &[f32], step: usize, out: &mut [f32]) {
+        for (i, out) in out.iter_mut().enumerate() {
+            let key = &keys[i * step..][..q.len()];
+            let mut sum = v.splat(0.0);
+            for at in (0..q.len()).step_by(L::WIDTH) {
+                sum = v.fma(v.load(q, at), v.load(key, at), sum);
+            }
+            *out = v.total(sum);
+        }
+    }
+}
+
+vectorised! {
+    /// Adds `factor` times the sum of `shares` of values that begin `step` behind one another.
+    pub(super) fn gather_few[v](shares: &[f32], factor: f32, values: &[f32], step: usize, out: &mut [f32]) {
+        /// Vectors that are summed side by side: an addition waits for the one before.
+        const SIDE: usize = 4;
+        let width = out.len();
+        for first in (0..width).step_by(SIDE * L::WIDTH) {
+            let count = (width - first).div_ceil(L::WIDTH).min(SIDE);
+            let mut sums = [v.splat(0.0); SIDE];
+            for (i, share) in shares.iter().enumerate() {
+                let value = &values[i * step..][..width];
+                let share = v.splat(*share);
+                for (j, sum) in sums.iter_mut().enumerate().take(count) {
+                    *sum = v.fma(share, v.load(value, first + j * L::WIDTH), *sum);
+                }
+            }
+            for (j, sum) in sums.into_iter().enumerate().take(count) {
+                let at = first + j * L::WIDTH;
+                v.store(out, at, v.fma(sum, v.splat(factor), v.load(out, at)));
+            }
+        }
+    }
+}
+
 /// A row of scores becomes `exp(score - most)` over what it sees, zero elsewhere; gives their sum and `most`.
 pub(super) fn shares(scores: &mut [f32], seen: Range<usize>, scoring: Scoring) -> (f32, f32) {
     vectorised! {

@@ -2,9 +2,9 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m512i, _mm512_castps_si512, _mm512_loadu_si512, _mm512_or_si512, _mm512_permutex2var_epi32,
-    _mm512_setr_epi32, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_store_si512,
-    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512bh, __m512i, _mm512_castps_si512, _mm512_cvtne2ps_pbh, _mm512_loadu_si512, _mm512_or_si512,
+    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_store_si512, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use super::buffer::{Line, words_mut};
@@ -12,7 +12,7 @@ use super::decode::Decode;
 #[cfg(target_arch = "x86_64")]
 use super::decode::{loaded, round_wide};
 use super::matrix::Side;
-use super::wide;
+use super::{Path, path, wide};
 
 /// How strips lie side by side.
 #[derive(Clone, Copy)]
@@ -92,6 +92,24 @@ impl Place {
             None => round_wide(loaded(&self.values(data, row, column))),
         }
     }
+
+    /// 32 values rounded to bfloat16.
+    ///
+    /// # Safety
+    /// The processor must have AVX-512 and AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+    #[inline]
+    unsafe fn wide_pairs(&self, data: &impl Decode, row: usize, column: usize) -> __m512i {
+        if row < self.rows && column + 32 <= self.columns {
+            // SAFETY: the same as asked for here.
+            return unsafe { data.wide_pairs(row * self.columns + column) };
+        }
+        let [low, high] = [column, column + 16].map(|column| self.values(data, row, column));
+        // SAFETY: both types are 512 plain bits.
+        unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(loaded(&high), loaded(&low))) }
+    }
 }
 
 /// Writes strips: sixteen results each, a line for each step of the depth; zero outside.
@@ -124,11 +142,11 @@ pub(super) fn strips(data: &impl Decode, side: Side, place: Place, grid: Grid, o
 /// Writes strips rounded to bfloat16, a line for each two steps of the depth, the first one in the low half.
 ///
 /// # Panics
-/// Without AVX-512: nobody multiplies bfloat16 there.
+/// On a path without AVX512-BF16.
 pub(super) fn pairs(data: &impl Decode, side: Side, place: Place, grid: Grid, out: &mut [Line]) {
-    assert!(wide(), "no bfloat16 here. This is a bug.");
+    assert!(path() >= Path::Bf16, "no bfloat16 here. This is a bug.");
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the processor has AVX-512.
+    // SAFETY: the processor has AVX-512 and AVX512-BF16.
     #[allow(unsafe_code)]
     unsafe {
         pairs_wide(data, side, place, grid, out);
@@ -192,10 +210,10 @@ unsafe fn strips_wide(data: &impl Decode, side: Side, place: Place, grid: Grid, 
 }
 
 /// # Safety
-/// The processor must have AVX-512.
+/// The processor must have AVX-512 and AVX512-BF16.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
 unsafe fn pairs_wide(data: &impl Decode, side: Side, place: Place, grid: Grid, out: &mut [Line]) {
     match side {
         Side::Columns => {
@@ -219,8 +237,6 @@ unsafe fn pairs_wide(data: &impl Decode, side: Side, place: Place, grid: Grid, o
             }
         }
         Side::Rows => {
-            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-            let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
             for strip in 0..grid.strips {
                 let place = place.of(strip);
                 for (i, lines) in grid.of(strip, out).chunks_mut(16).enumerate() {
@@ -229,13 +245,8 @@ unsafe fn pairs_wide(data: &impl Decode, side: Side, place: Place, grid: Grid, o
                     for (j, pairs) in block.iter_mut().enumerate() {
                         let row = place.first + j;
                         data.prefetch((row + 16) * place.columns + column);
-                        // SAFETY: the processor has AVX-512.
-                        let (a, b) = unsafe {
-                            (place.wide_halves(data, row, column), place.wide_halves(data, row, column + 16))
-                        };
-                        let low = _mm512_permutex2var_epi32(a, even, b);
-                        let high = _mm512_permutex2var_epi32(a, odd, b);
-                        *pairs = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                        // SAFETY: the processor has AVX-512 and AVX512-BF16.
+                        *pairs = unsafe { place.wide_pairs(data, row, column) };
                     }
                     turned(block, lines);
                 }
