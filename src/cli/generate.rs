@@ -29,7 +29,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    process::keep_freed_memory();
+    process::keep_freed_memory(true);
     process::one_thread_pool();
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokenizer = checkpoint.tokenizer()?;

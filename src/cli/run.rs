@@ -88,7 +88,7 @@ impl From<Failure> for Trouble {
 // Every command has this shape.
 #[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    process::keep_freed_memory();
+    process::keep_freed_memory(args.memory_limit.is_none());
     process::one_thread_pool();
     if let Some(threads) = args.threads {
         process::limit_threads(threads.into());

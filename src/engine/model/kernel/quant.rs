@@ -127,7 +127,7 @@ impl Decode for Nf4 {
                 for (half, out) in out.iter_mut().enumerate() {
                     // SAFETY: sixteen words are written.
                     unsafe {
-                        _mm512_storeu_si512(out.as_mut_ptr().cast(), self.looked_up(at + 32 * half, table))
+                        _mm512_storeu_si512(out.as_mut_ptr().cast(), self.looked_up(at + 32 * half, table));
                     }
                 }
             } else {
