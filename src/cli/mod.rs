@@ -24,6 +24,7 @@ mod process;
 mod prune;
 #[cfg(feature = "engine")]
 mod run;
+mod size;
 #[cfg(feature = "service")]
 mod up;
 #[cfg(feature = "service")]

@@ -136,7 +136,7 @@ pub struct WorkArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     /// Memory that a job works in, such as `12GiB`; three quarters of what is free when absent.
-    #[arg(long, value_name = "SIZE", value_parser = super::process::bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = super::size::bytes)]
     memory_limit: Option<u64>,
     /// How long a lease lives without a heartbeat.
     #[arg(long, hide = true, env = "SECATEUR_LEASE_TTL_MS", default_value_t = 60_000)]

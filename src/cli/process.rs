@@ -47,33 +47,6 @@ pub fn limit_threads(threads: usize) {
     }
 }
 
-/// Reads a size such as `512MiB`, `12GB` or `4096`.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic()).trim_end();
-    let number: f64 = digits.parse().map_err(|_| format!("{text}: give a size such as 800MiB or 12GB"))?;
-    let unit = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "k" | "kib" => 1024.0,
-        "m" | "mib" => 1024.0 * 1024.0,
-        "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
-        "kb" => 1e3,
-        "mb" => 1e6,
-        "gb" => 1e9,
-        unit => {
-            return Err(format!("{text}: {unit} is no unit of memory known here; use MiB, GiB, MB or GB"));
-        }
-    };
-    let bytes = number * unit;
-    if bytes.is_finite() && bytes >= 1.0 {
-        Ok(bytes as u64)
-    } else {
-        Err(format!("{text}: give a size above 0"))
-    }
-}
-
 /// Ends this process when the worker that started it is gone: nobody hears it any
 /// more, and another attempt may be waiting for its workspace. Started by hand it
 /// has no supervisor.

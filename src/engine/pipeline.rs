@@ -101,6 +101,10 @@ impl Run<'_> {
             let cx = self.cx(Stage::Profile);
             cx.note("config.json names code of the model's authors (auto_map); it is neither run nor copied");
         }
+        if self.compute.native() && self.base.config().experts.is_some() {
+            let cx = self.cx(Stage::Profile);
+            cx.note("layers with experts are computed by candle, not by our own kernels, and several times slower");
+        }
         let spec = self.local;
         let heal =
             spec.heal.iter().map(|HealMethod::Qlora(q)| (&q.corpus, self.heal_seq_len(q), Purpose::Heal));
