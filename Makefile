@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-peers openapi clean-demo
+.PHONY: help demo test check bench-peers sanitize openapi clean-demo
 
 binary = $(or $(CARGO_TARGET_DIR),target)/release/secateur
 
@@ -21,7 +21,7 @@ demo:
 
 ## make test        formatting, lints, walls, licences, docs and all tests
 test:
-	scripts/install.sh cargo postgres rust-components cargo-deny
+	scripts/install.sh cargo postgres rust-components cargo-deny emulators
 	scripts/test.sh
 
 ## make check       what to run before each commit: formatting and lints
@@ -33,6 +33,11 @@ check:
 bench-peers:
 	scripts/install.sh cargo python
 	benches/peers/run.py $(ARGS)
+
+## make sanitize    the kernels' tests under AddressSanitizer, on every path; builds everything anew
+sanitize:
+	scripts/install.sh cargo
+	scripts/sanitize.sh
 
 ## make openapi     write openapi/openapi.json anew after a change of the API
 openapi:

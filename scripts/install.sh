@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing on a fresh Debian machine, and nothing that is there already.
-#   scripts/install.sh [cargo] [postgres] [python] [rust-components] [cargo-deny]
+#   scripts/install.sh [cargo] [postgres] [python] [rust-components] [cargo-deny] [emulators]
 set -euo pipefail
 
 cargo_deny_version=0.20.2
@@ -63,6 +63,15 @@ need_cargo_deny() {
     --root "$cache/tools" --version "$cargo_deny_version" cargo-deny
 }
 
+# Other processors, for the tests of the kernels. Only for the one architecture that has several paths.
+need_emulators() {
+  [ "$(uname -sm)" = "Linux x86_64" ] || return 0
+  local missing=()
+  command -v qemu-x86_64 >/dev/null || missing+=(qemu-user)
+  command -v valgrind >/dev/null || missing+=(valgrind)
+  [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
+}
+
 for what in "$@"; do
   case $what in
     cargo) need_cargo ;;
@@ -70,6 +79,7 @@ for what in "$@"; do
     python) need_python ;;
     rust-components) need_rust_components ;;
     cargo-deny) need_cargo_deny ;;
+    emulators) need_emulators ;;
     *) die "unknown: $what" ;;
   esac
 done

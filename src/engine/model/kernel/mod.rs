@@ -160,6 +160,16 @@ fn widen(half: u32) -> f32 {
 mod tests {
     use super::*;
 
+    /// `scripts/test.sh` runs the tests as other processors and says which path theirs is.
+    #[test]
+    fn the_path_is_that_of_the_processor_this_run_is_about() {
+        if let Ok(expected) = std::env::var("SECATEUR_EXPECTED_PATH") {
+            assert_eq!(format!("{:?}", path()).to_lowercase(), expected);
+        }
+        assert_eq!(wide(), matches!(lanes::vectors(), lanes::Vectors::Avx512(_)));
+        assert!(asked() != Some("plain".into()) || path() == Path::Plain);
+    }
+
     #[test]
     fn rounding_is_to_nearest_even_and_keeps_what_is_no_number() {
         for x in [0.0, -0.0, 1.0, 1.003_906_3, 1.011_718_8, -3.3e38, 1e-40, f32::INFINITY, f32::NEG_INFINITY]
