@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, anyhow};
 
 use super::process;
+use crate::engine::model::kernel::allocator;
 use crate::engine::model::{Checkpoint, Compute, Decoder, Rounding, generate};
 
 #[derive(clap::Args)]
@@ -29,7 +30,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    process::keep_freed_memory(true);
+    allocator::keep_freed(true);
     process::one_thread_pool();
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokenizer = checkpoint.tokenizer()?;

@@ -5,27 +5,6 @@ use std::sync::atomic::{AtomicI32, Ordering};
 /// The signal that asked the run to stop; 0 while none has.
 static STOP: AtomicI32 = AtomicI32::new(0);
 
-/// Keeps freed memory for the next tensor. By default glibc gives every large
-/// block back and faults it in again, which costs a quarter of a forward pass
-/// and a third of a training step. `plenty`: nobody said how much memory there is.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-pub fn keep_freed_memory(plenty: bool) {
-    // SAFETY: `mallopt` only sets two numbers of the allocator; called before threads start.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::mallopt(libc::M_MMAP_MAX, 0);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        if plenty {
-            // Only the main arena keeps what is freed; those of threads are unmapped, and faulted in again.
-            // But in one arena small blocks come to lie where large ones were, and it grows.
-            libc::mallopt(libc::M_ARENA_MAX, 1);
-        }
-    }
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-pub fn keep_freed_memory(_plenty: bool) {}
-
 /// candle keeps a pool of its own beside rayon's, whose threads wait by spinning: on the cores where rayon
 /// works. Its few operations that are left are as fast without.
 pub fn one_thread_pool() {

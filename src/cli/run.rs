@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::observe::{JsonLines, Terminal};
 use super::process;
+use crate::engine::model::kernel::allocator;
 use crate::engine::model::{Checkpoint, Compute, Memory, Rounding};
 use crate::engine::pipeline::Run;
 use crate::engine::{Error, report};
@@ -88,7 +89,7 @@ impl From<Failure> for Trouble {
 // Every command has this shape.
 #[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    process::keep_freed_memory(args.memory_limit.is_none());
+    allocator::keep_freed(args.memory_limit.is_none());
     process::one_thread_pool();
     if let Some(threads) = args.threads {
         process::limit_threads(threads.into());

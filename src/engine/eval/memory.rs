@@ -1,7 +1,7 @@
 //! Peak resident memory while a checkpoint is measured.
 
 use crate::engine::Cx;
-use crate::engine::model::kernel::buffer;
+use crate::engine::model::kernel::{allocator, buffer};
 
 /// Watches from its start on, where the system can forget an earlier peak.
 pub struct Watch {
@@ -12,7 +12,8 @@ impl Watch {
     /// Gives freed memory back and lets Linux count the peak anew.
     pub fn start() -> Self {
         buffer::clear();
-        give_back();
+        // What the last checkpoint freed must not count for this one.
+        allocator::give_back();
         Self { fresh: std::fs::write("/proc/self/clear_refs", "5").is_ok() }
     }
 
@@ -36,16 +37,3 @@ fn high_water_bytes() -> Option<u64> {
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
-
-/// The allocator keeps what the last checkpoint freed; it must not count for the next one.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn give_back() {
-    // SAFETY: touches free memory only.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn give_back() {}

@@ -7,6 +7,7 @@
 //! What a processor can do is found out when the program runs. `SECATEUR_KERNEL` forces a [`Path`] (one that
 //! the processor does not have is not taken), or `candle`: no kernel of ours.
 
+pub mod allocator;
 mod amx;
 pub mod attention;
 pub mod buffer;

@@ -1,0 +1,31 @@
+//! What glibc's allocator is told: it knows no safe way to be.
+
+/// Keeps freed memory for the next tensor, from now on; to be called before threads start. By default glibc gives
+/// every large block back and faults it in again, which costs a quarter of a forward pass and a third of a
+/// training step. `plenty`: nobody said how much memory there is.
+pub fn keep_freed(plenty: bool) {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `mallopt` only sets numbers of the allocator.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        if plenty {
+            // Only the main arena keeps what is freed; those of threads are unmapped, and faulted in again. But in
+            // one arena small blocks come to lie where large ones were, and it grows.
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+        }
+    }
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    let _ = plenty;
+}
+
+/// Gives what it keeps back to the system.
+pub fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: touches free memory only.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
