@@ -30,7 +30,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    allocator::keep_freed(true);
+    allocator::keep_freed();
     process::one_thread_pool();
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokenizer = checkpoint.tokenizer()?;

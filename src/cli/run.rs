@@ -89,7 +89,9 @@ impl From<Failure> for Trouble {
 // Every command has this shape.
 #[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    allocator::keep_freed(args.memory_limit.is_none());
+    if args.memory_limit.is_none() {
+        allocator::keep_freed();
+    }
     process::one_thread_pool();
     if let Some(threads) = args.threads {
         process::limit_threads(threads.into());

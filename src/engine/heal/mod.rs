@@ -13,6 +13,7 @@ use std::path::Path;
 pub use qlora::{Trained, Windows, train};
 
 use super::export::safetensors::{Content, Draft, Planned, encode};
+use super::model::checkpoint::widened;
 use super::model::lora::Adapter;
 use super::model::{Checkpoint, Decoder};
 use super::workspace::{Workspace, write_json};
@@ -152,12 +153,28 @@ fn write_merged(
         let Some(adapter) = adapters.get(&tensor.name) else {
             return Content::of(source.index(), &tensor.name);
         };
-        let mut merged = source.values(&tensor.name)?;
+        let merged = merged(source, tensor, adapter)?;
         source.release(&tensor.name);
-        adapter.merge(&mut merged, config.family.transposed)?;
-        if merged.iter().any(|w| !w.is_finite()) {
+        Ok(Content::Made(merged))
+    })
+}
+
+/// Rows that are merged at a time: the weight is never there in float32 as a whole.
+const MERGED_ROWS: usize = 64;
+
+/// The bytes of a weight of `source` with an adapter merged into it.
+fn merged(source: &Checkpoint, tensor: &Planned, adapter: &Adapter) -> Result<Vec<u8>> {
+    let turned = source.config().family.transposed;
+    let stored = source.bytes(&tensor.name)?;
+    let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
+    let mut out = Vec::with_capacity(stored.len());
+    for (i, part) in stored.chunks(stored.len() / rows * MERGED_ROWS).enumerate() {
+        let mut values = widened(&tensor.name, part, tensor.dtype)?;
+        adapter.merge(i * MERGED_ROWS, &mut values, turned)?;
+        if values.iter().any(|w| !w.is_finite()) {
             return Err(Error::spec(format!("healing left {} not finite; lower learning_rate", tensor.name)));
         }
-        Ok(Content::Made(encode(&tensor.name, &merged, tensor.dtype)?))
-    })
+        out.extend(encode(&tensor.name, &values, tensor.dtype)?);
+    }
+    Ok(out)
 }

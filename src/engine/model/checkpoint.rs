@@ -256,6 +256,11 @@ fn widen(bytes: &[u8], stored: Dtype) -> Option<Vec<f32>> {
     }
 }
 
+/// Part of the stored values of tensor `name` as float32.
+pub fn widened(name: &str, bytes: &[u8], stored: Dtype) -> Result<Vec<f32>> {
+    widen(bytes, stored).ok_or_else(|| not_a_weight(name, stored))
+}
+
 /// The values of a tensor as float32, read from its file: no more of it stays in memory.
 pub fn widen_stored(index: &Index, name: &str) -> Result<Vec<f32>> {
     let info = index.tensors.get(name).ok_or_else(|| Error::bug(format!("tensor {name} is gone")))?;

@@ -102,7 +102,7 @@ impl Decoder {
     /// Opens a decoder whose linear layers have the values that `bits` bits leave them, and are kept so: in
     /// memory if they fit, else in a file.
     pub fn open_frozen(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Result<Self> {
-        let mut room = compute.memory.share(1, 2) as u64;
+        let mut room = compute.memory.share(1, 4) as u64;
         let each = checkpoint.layer_bytes() / 16 * u64::from(u8::from(bits));
         Self::with_layers(checkpoint, compute, |index| {
             let layer = match bits {

@@ -57,18 +57,17 @@ impl Adapter {
         (x.matmul(&self.a.t()?)? * self.scale)?.matmul(&self.b.t()?)
     }
 
-    /// Adds `scale · B A` to a weight `[outputs, inputs]`, or `[inputs, outputs]` when it is turned.
+    /// Adds `scale · B A` to rows `first..` of a weight `[outputs, inputs]`, or `[inputs, outputs]` when it is
+    /// turned.
     ///
     /// # Errors
-    /// When the weight is of another shape.
-    pub fn merge(&self, weight: &mut [f32], turned: bool) -> candle_core::Result<()> {
+    /// When the weight has other rows.
+    pub fn merge(&self, first: usize, weight: &mut [f32], turned: bool) -> candle_core::Result<()> {
         let (rank, inputs) = self.a.dims2()?;
         let outputs = self.b.dim(0)?;
-        if weight.len() != outputs * inputs {
-            candle_core::bail!(
-                "{} weights for an adapter of {outputs} x {inputs}. This is a bug.",
-                weight.len()
-            )
+        let (height, width) = if turned { (inputs, outputs) } else { (outputs, inputs) };
+        if !weight.len().is_multiple_of(width) || first + weight.len() / width > height {
+            candle_core::bail!("weights that do not fit an adapter of {outputs} x {inputs}. This is a bug.")
         }
         // A row of the result is the sum of the rows of one factor, each times a value of the other.
         let (each, rows) = if turned {
@@ -76,8 +75,7 @@ impl Adapter {
         } else {
             (self.b.flatten_all()?.to_vec1()?, self.a.flatten_all()?.to_vec1()?)
         };
-        let width = if turned { outputs } else { inputs };
-        weight.par_chunks_mut(width).zip(each.par_chunks(rank)).for_each(|(weight, each)| {
+        weight.par_chunks_mut(width).zip(each[first * rank..].par_chunks(rank)).for_each(|(weight, each)| {
             let mut delta = vec![0.0; width];
             for (factor, row) in each.iter().zip(rows.chunks(width)) {
                 add_scaled(&mut delta, *factor, row);

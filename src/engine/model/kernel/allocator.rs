@@ -2,22 +2,17 @@
 
 /// Keeps freed memory for the next tensor, from now on; to be called before threads start. By default glibc gives
 /// every large block back and faults it in again, which costs a quarter of a forward pass and a third of a
-/// training step. `plenty`: nobody said how much memory there is.
-pub fn keep_freed(plenty: bool) {
+/// training step. For a run that was not told how little memory there is.
+pub fn keep_freed() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `mallopt` only sets numbers of the allocator.
     #[allow(unsafe_code)]
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        if plenty {
-            // Only the main arena keeps what is freed; those of threads are unmapped, and faulted in again. But in
-            // one arena small blocks come to lie where large ones were, and it grows.
-            libc::mallopt(libc::M_ARENA_MAX, 1);
-        }
+        // Only the main arena keeps what is freed; those of threads are unmapped, and faulted in again.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
-    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-    let _ = plenty;
 }
 
 /// Gives what it keeps back to the system.
