@@ -36,7 +36,7 @@ pub(super) fn sum(terms: &[Term], out: &Out, start: Start) {
         results.div_ceil(EACH * rayon::current_num_threads()).next_multiple_of(BLOCK).clamp(LEAST, MOST);
     let run = |i: usize| {
         let mut start = start;
-        for Term { left, right, .. } in terms {
+        for Term { left, right, .. } in terms.iter().filter(|term| term.left.depth > 0) {
             let few = Few { form: &left.form, rows: out.rows, depth: left.depth };
             right.dots(i * task..((i + 1) * task).min(results), few, start, out);
             start = Start::Target;
@@ -123,7 +123,12 @@ fn float_sums<const ROWS: usize>(w: [&[f32]; BLOCK], x: &[f32]) -> [[f32; BLOCK]
         fn go[v](w: [&[f32]; BLOCK], x: &[&[f32]], sums: &mut [[f32; BLOCK]]) {
             #[inline(always)]
             #[allow(clippy::inline_always)]
-            fn sized<const ROWS: usize, L: lanes::Lanes>(v: L, w: [&[f32]; BLOCK], x: &[&[f32]], out: &mut [[f32; BLOCK]]) {
+            fn sized<const ROWS: usize, L: lanes::Lanes>(
+                v: L,
+                w: [&[f32]; BLOCK],
+                x: &[&[f32]],
+                out: &mut [[f32; BLOCK]],
+            ) {
                 let mut sums = [[v.splat(0.0); BLOCK]; ROWS];
                 for at in (0..w[0].len()).step_by(L::WIDTH) {
                     let mut values = [v.splat(0.0); ROWS];

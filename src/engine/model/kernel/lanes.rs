@@ -115,7 +115,10 @@ pub(super) fn vectors() -> Vectors {
 
 /// A function over `$v`, any [`Lanes`], compiled for each of them; the one that the processor has is called.
 macro_rules! vectorised {
-    ($(#[$doc:meta])* $access:vis fn $name:ident[$v:ident]($($arg:ident: $kind:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+    (
+        $(#[$doc:meta])*
+        $access:vis fn $name:ident[$v:ident]($($arg:ident: $kind:ty),* $(,)?) $(-> $result:ty)? $body:block
+    ) => {
         $(#[$doc])*
         $access fn $name($($arg: $kind),*) $(-> $result)? {
             use $crate::engine::model::kernel::lanes;

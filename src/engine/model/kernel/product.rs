@@ -382,6 +382,51 @@ mod tests {
     }
 
     #[test]
+    fn however_values_are_stored_they_are_multiplied_as_they_are_read() {
+        for (n, k) in [(5, 64), (9, 96), (70, 50), (20, 208), (3, 17)] {
+            let w = values(n * k, 2);
+            let f16: Vec<u8> = w.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
+            let f16 = Matrix::stored(f16.into(), super::super::matrix::Stored::F16, n, k);
+            for matrix in [Matrix::nf4(&w, n, k), Matrix::int8(&w, n, k), f16] {
+                let mut read = vec![0.0; n * k];
+                read.chunks_mut(k).enumerate().for_each(|(i, row)| matrix.row(i, row));
+                for (m, side) in [(1, Side::Rows), (7, Side::Rows), (40, Side::Rows), (40, Side::Columns)] {
+                    let (results, depth) = (matrix.results(side), matrix.depth(side));
+                    let x = values(m * depth, 1);
+                    let want = exact(&x, &read, (m, results, depth), side);
+                    for (rounding, tolerance) in [(None, 1e-5), (Some(Rounding::Once), 1e-2)] {
+                        let got = product(&Left::new(&x, depth, rounding), &matrix, side);
+                        for (got, want) in got.iter().zip(&want) {
+                            let error = (f64::from(*got) - want).abs() / ((depth as f64).sqrt() * 0.1);
+                            assert!(error < tolerance, "{m}x{depth}x{results} {rounding:?}: {got} {want}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_over_nothing_are_what_they_start_with() {
+        for rows in [1, 40] {
+            let (x, w) = (values(rows * 50, 1), values(20 * 50, 2));
+            let (none, empty) = (Left::from_rows(rows, 0, None, |_, _| {}), Matrix::floats(&[], 20, 0));
+            let (left, right) = (Left::new(&x, 50, None), Matrix::floats(&w, 20, 50));
+            let bias = values(20, 3);
+            let both = [Term::new(&none, &empty, Side::Rows), Term::new(&left, &right, Side::Rows)];
+            for (terms, factor) in [(&both[..1], 0.0), (&both[..], 1.0)] {
+                let mut out = vec![f32::NAN; rows * 20];
+                sum(terms, Target { values: &mut out, width: 20, first: 0 }, Start::Bias(&bias));
+                let want = exact(&x, &w, (rows, 20, 50), Side::Rows);
+                for (i, (out, want)) in out.iter().zip(want).enumerate() {
+                    let want = factor * want + f64::from(bias[i % 20]);
+                    assert!((f64::from(*out) - want).abs() < 1e-4, "{i}: {out} {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_row_gives_the_same_alone_and_among_many() {
         let (n, k) = (40, 100);
         let (x, w) = (values(64 * k, 1), Matrix::floats(&values(n * k, 2), n, k));
