@@ -152,7 +152,8 @@ fn long_healing(bench: &Bench) -> JobSpec {
     spec["heal"][0]["checkpoint_every"] = json!(20);
     JobSpec::read(spec).unwrap()
 }
-const HEAL_STEPS: u64 = 400;
+/// Seconds of work on any machine: three times in a row somebody has to be killed in the middle of it.
+const HEAL_STEPS: u64 = 5000;
 
 async fn submit(database: &Database, spec: &JobSpec) -> Uuid {
     database.job_insert(TENANT, &NewJob { spec: spec.clone(), priority: 0 }).await.unwrap().id
