@@ -283,15 +283,7 @@ impl Out {
     /// Writes sums of a row from `column` on, after what they start with.
     pub fn finish(&self, row: usize, column: usize, start: Start, sums: &[f32]) {
         let mut block = self.block(row, 1, column, sums.len());
-        let out = block.row(0);
-        match start {
-            Start::Zero => out.copy_from_slice(sums),
-            Start::Bias(bias) => {
-                let bias = &bias[column..column + sums.len()];
-                out.iter_mut().zip(bias.iter().zip(sums)).for_each(|(out, (bias, sum))| *out = bias + sum);
-            }
-            Start::Target => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
-        }
+        tile::finish(&mut block, 0, 0, start.of(column, true), sums);
     }
 }
 

@@ -272,7 +272,7 @@ fn plain(left: Rows, right: Strips, start: Start, out: &mut Block) {
 }
 
 /// Writes sums to columns `column..` of a row, after what they start with.
-fn finish(out: &mut Block, row: usize, column: usize, start: Start, sums: &[f32; 16]) {
+pub(super) fn finish(out: &mut Block, row: usize, column: usize, start: Start, sums: &[f32]) {
     let out = &mut out.row(row)[column..];
     match start {
         Start::Zero => out.iter_mut().zip(sums).for_each(|(out, sum)| *out = *sum),
