@@ -69,13 +69,13 @@ impl Checkpoint {
     /// The bytes of a tensor, straight from the mapped file.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let info = self.required(name)?;
-        Ok(&self.0.maps[info.file].as_ref()[info.range.start as usize..info.range.end as usize])
+        Ok(&self.0.maps[info.file].as_ref()[place(info)])
     }
 
     /// The bytes of a tensor, not copied, and their type.
     pub fn mapped(&self, name: &str) -> Result<(Bytes, Dtype)> {
         let info = self.required(name)?;
-        Ok((self.0.maps[info.file].bytes(info.range.start as usize..info.range.end as usize), info.dtype))
+        Ok((self.0.maps[info.file].bytes(place(info)), info.dtype))
     }
 
     /// Bytes of the largest layer.
@@ -87,7 +87,7 @@ impl Checkpoint {
     /// Has layer `index` read from the disk while other things are done.
     pub fn read_ahead(&self, index: usize) {
         for info in self.tensors_of(index) {
-            self.0.maps[info.file].read_ahead(info.range.start as usize..info.range.end as usize);
+            self.0.maps[info.file].read_ahead(place(info));
         }
     }
 
@@ -102,7 +102,7 @@ impl Checkpoint {
     }
 
     fn let_go(&self, info: &TensorInfo) {
-        self.0.maps[info.file].release(info.range.start as usize..info.range.end as usize);
+        self.0.maps[info.file].release(place(info));
     }
 
     fn tensors_of(&self, index: usize) -> impl Iterator<Item = &TensorInfo> {
@@ -131,7 +131,7 @@ impl Checkpoint {
     /// A tensor's values as float32, whatever it is stored in.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let info = self.required(name)?;
-        widen(self.bytes(name)?, info.dtype).ok_or_else(|| not_a_weight(name, info.dtype))
+        widened(name, self.bytes(name)?, info.dtype)
     }
 
     /// The values of a linear layer's weight `[outputs, inputs]` as float32, however the family stores it.
@@ -200,6 +200,11 @@ impl Checkpoint {
     }
 }
 
+/// Where a tensor lies in its mapped file.
+fn place(info: &TensorInfo) -> Range<usize> {
+    info.range.start as usize..info.range.end as usize
+}
+
 /// Far above any real one: 32 MB is a large vocabulary.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 
@@ -266,7 +271,7 @@ pub fn widen_stored(index: &Index, name: &str) -> Result<Vec<f32>> {
     let info = index.tensors.get(name).ok_or_else(|| Error::bug(format!("tensor {name} is gone")))?;
     let mut bytes = vec![0; (info.range.end - info.range.start) as usize];
     File::open(&index.files[info.file])?.read_exact_at(&mut bytes, info.range.start)?;
-    widen(&bytes, info.dtype).ok_or_else(|| not_a_weight(name, info.dtype))
+    widened(name, &bytes, info.dtype)
 }
 
 /// What a tensor holds.

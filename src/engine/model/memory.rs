@@ -35,10 +35,6 @@ impl Memory {
         Self { limit_bytes: limit_bytes.unwrap_or(default.limit_bytes), spill: spill.to_owned() }
     }
 
-    pub fn limit_bytes(&self) -> u64 {
-        self.limit_bytes
-    }
-
     /// The part of the budget that is `part` in `of` parts, beside what the program takes anyway.
     pub fn share(&self, part: u64, of: u64) -> usize {
         (self.limit_bytes.saturating_sub(PROGRAM_BYTES) / of).saturating_mul(part) as usize

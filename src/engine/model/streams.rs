@@ -81,7 +81,7 @@ impl Streams {
             Kept::File(file) => {
                 let values: Vec<f32> = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                file.write_all_at(&bytes, (self.places[i].1 * self.width * size_of::<f32>()) as u64)?;
+                file.write_all_at(&bytes, byte(self.places[i].1, self.width))?;
             }
         }
         Ok(())
@@ -110,13 +110,15 @@ impl Streams {
             }
             Kept::File(file) => {
                 let mut bytes = vec![0; count * self.width * size_of::<f32>()];
-                file.read_exact_at(
-                    &mut bytes,
-                    ((self.places[i].1 + first) * self.width * size_of::<f32>()) as u64,
-                )?;
+                file.read_exact_at(&mut bytes, byte(self.places[i].1 + first, self.width))?;
                 let word = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
                 Ok(bytes.chunks_exact(4).map(word).collect())
             }
         }
     }
+}
+
+/// Where a row begins in the file.
+fn byte(row: usize, width: usize) -> u64 {
+    (row * width * size_of::<f32>()) as u64
 }
