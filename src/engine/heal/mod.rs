@@ -164,13 +164,13 @@ const MERGED_ROWS: usize = 64;
 
 /// The bytes of a weight of `source` with an adapter merged into it.
 fn merged(source: &Checkpoint, tensor: &Planned, adapter: &Adapter) -> Result<Vec<u8>> {
-    let turned = source.config().family.transposed;
+    let delta = adapter.delta(source.config().family.transposed)?;
     let stored = source.bytes(&tensor.name)?;
     let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
     let mut out = Vec::with_capacity(stored.len());
     for (i, part) in stored.chunks(stored.len() / rows * MERGED_ROWS).enumerate() {
         let mut values = widened(&tensor.name, part, tensor.dtype)?;
-        adapter.merge(i * MERGED_ROWS, &mut values, turned)?;
+        delta.add(i * MERGED_ROWS, &mut values);
         if values.iter().any(|w| !w.is_finite()) {
             return Err(Error::spec(format!("healing left {} not finite; lower learning_rate", tensor.name)));
         }

@@ -57,36 +57,50 @@ impl Adapter {
         (x.matmul(&self.a.t()?)? * self.scale)?.matmul(&self.b.t()?)
     }
 
-    /// Adds `scale · B A` to rows `first..` of a weight `[outputs, inputs]`, or `[inputs, outputs]` when it is
-    /// turned.
-    ///
-    /// # Errors
-    /// When the weight has other rows.
-    pub fn merge(&self, first: usize, weight: &mut [f32], turned: bool) -> candle_core::Result<()> {
-        let (rank, inputs) = self.a.dims2()?;
-        let outputs = self.b.dim(0)?;
-        let (height, width) = if turned { (inputs, outputs) } else { (outputs, inputs) };
-        if !weight.len().is_multiple_of(width) || first + weight.len() / width > height {
-            candle_core::bail!("weights that do not fit an adapter of {outputs} x {inputs}. This is a bug.")
-        }
-        // A row of the result is the sum of the rows of one factor, each times a value of the other.
-        let (each, rows) = if turned {
-            (self.a.t()?.flatten_all()?.to_vec1::<f32>()?, self.b.t()?.flatten_all()?.to_vec1::<f32>()?)
-        } else {
-            (self.b.flatten_all()?.to_vec1()?, self.a.flatten_all()?.to_vec1()?)
-        };
-        weight.par_chunks_mut(width).zip(each[first * rank..].par_chunks(rank)).for_each(|(weight, each)| {
-            let mut delta = vec![0.0; width];
-            for (factor, row) in each.iter().zip(rows.chunks(width)) {
-                add_scaled(&mut delta, *factor, row);
-            }
-            add_scaled(weight, self.scale as f32, &delta);
-        });
-        Ok(())
+    /// What is to be added to a weight `[outputs, inputs]`, or `[inputs, outputs]` when it is turned.
+    pub fn delta(&self, turned: bool) -> candle_core::Result<Delta> {
+        // A row of the product is the sum of the rows of one factor, each times a value of the other.
+        let (each, rows) = if turned { (self.a.t()?, self.b.t()?) } else { (self.b.clone(), self.a.clone()) };
+        let ((_, rank), (_, width)) = (each.dims2()?, rows.dims2()?);
+        let values = |x: &Tensor| x.flatten_all()?.to_vec1();
+        Ok(Delta { each: values(&each)?, rows: values(&rows)?, rank, width, scale: self.scale as f32 })
     }
 
     pub fn parameters(&self) -> usize {
         self.a.elem_count() + self.b.elem_count()
+    }
+}
+
+/// `scale · B A`, some rows at a time.
+pub struct Delta {
+    /// `[height, rank]`.
+    each: Vec<f32>,
+    /// `[rank, width]`.
+    rows: Vec<f32>,
+    rank: usize,
+    width: usize,
+    scale: f32,
+}
+
+impl Delta {
+    /// Adds it to rows `first..` of a weight.
+    ///
+    /// # Panics
+    /// When the weight has no such rows.
+    pub fn add(&self, first: usize, weight: &mut [f32]) {
+        let count = weight.len() / self.width;
+        assert!(
+            weight.len().is_multiple_of(self.width) && (first + count) * self.rank <= self.each.len(),
+            "weights that do not fit an adapter. This is a bug."
+        );
+        let each = self.each[first * self.rank..].par_chunks(self.rank);
+        weight.par_chunks_mut(self.width).zip(each).for_each(|(weight, each)| {
+            let mut delta = vec![0.0; self.width];
+            for (factor, row) in each.iter().zip(self.rows.chunks(self.width)) {
+                add_scaled(&mut delta, *factor, row);
+            }
+            add_scaled(weight, self.scale, &delta);
+        });
     }
 }
 
