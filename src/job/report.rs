@@ -97,12 +97,18 @@ impl LayerProfile {
 #[must_use]
 pub fn cross_axis(a: &[f64], b: &[f64]) -> Vec<f64> {
     let z = |values: &[f64]| -> Vec<f64> {
-        let count = values.len() as f64;
-        let mean = values.iter().sum::<f64>() / count;
-        let spread = (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let (mean, spread) = mean_and_spread(values);
         values.iter().map(|v| if spread > 0.0 { (v - mean) / spread } else { 0.0 }).collect()
     };
     z(a).into_iter().zip(z(b)).map(|(a, b)| a.max(b)).collect()
+}
+
+/// Mean and standard deviation over layers.
+#[must_use]
+pub fn mean_and_spread(values: &[f64]) -> (f64, f64) {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    (mean, (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / count).sqrt())
 }
 
 /// Mean norm of what the halves of a layer add to the stream, relative to the stream they add it to

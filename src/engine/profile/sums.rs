@@ -1,7 +1,7 @@
 //! What samples say together: means, standard errors, and how sure the nearest block is.
 
 use crate::engine::distance::{Gram, Mean};
-use crate::job::report::{Contribution, LayerProfile, cross_axis};
+use crate::job::report::{Contribution, LayerProfile, cross_axis, mean_and_spread};
 use crate::job::spec::{Distance, TokenPosition};
 
 /// One window's, or one token's, contribution to the profile.
@@ -156,9 +156,7 @@ impl Sums {
     /// That of the larger z-score of each layer; mean and spread over layers are taken as known.
     fn cross_axis_stderr(&self) -> Vec<f64> {
         let scores = |means: &[Mean]| -> Vec<(f64, f64)> {
-            let count = means.len() as f64;
-            let middle = means.iter().map(Mean::value).sum::<f64>() / count;
-            let spread = (means.iter().map(|m| (m.value() - middle).powi(2)).sum::<f64>() / count).sqrt();
+            let (middle, spread) = mean_and_spread(&means.iter().map(Mean::value).collect::<Vec<f64>>());
             let score = |m: &Mean| {
                 if spread > 0.0 { ((m.value() - middle) / spread, m.stderr() / spread) } else { (0.0, 0.0) }
             };
