@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::data::items::Item;
-use super::eval::loglikelihood::{Likelihood, Request, Scored, likelihoods_without, walk};
+use super::eval::loglikelihood::{Likelihood, Request, likelihoods_without, walk};
 use super::eval::tasks;
 use super::model::{Checkpoint, Decoder};
 use super::select::Oracle;
@@ -86,17 +86,10 @@ impl<'a> Damage<'a> {
         self.predict(windows)?;
         let requests = &self.requests[..windows];
         let mut sums = vec![0.0; sets.len()];
-        let mut score = |which: &[usize], scored: &Scored, x: &Tensor| {
-            for (i, places) in scored.places.chunks(ROWS).enumerate() {
-                let rows = self.log_probabilities(x, i * ROWS, places.len())?;
-                let divergence = |((request, at), row): (&(usize, usize), &[f32])| {
-                    self.predicted[*request][at - 1].divergence(row)
-                };
-                let vocab = rows.len() / places.len();
-                let each: Vec<f64> = places.par_iter().zip(rows.par_chunks(vocab)).map(divergence).collect();
-                let sum: f64 = each.iter().sum();
-                which.iter().for_each(|set| sums[*set] += sum);
-            }
+        let mut score = |which: &[usize], places: &[(usize, usize)], x: &Tensor| {
+            let of = |request: usize, at: usize, row: &[f32]| self.predicted[request][at - 1].divergence(row);
+            let sum: f64 = self.each_place(places, x, of)?.iter().sum();
+            which.iter().for_each(|set| sums[*set] += sum);
             Ok(())
         };
         walk(&self.decoder, requests, sets, &|| self.cx.check(), tell, &mut score)?;
@@ -109,17 +102,10 @@ impl<'a> Damage<'a> {
         let missing: Vec<usize> = (0..windows).filter(|i| self.predicted[*i].is_empty()).collect();
         let requests: Vec<Request> = missing.iter().map(|i| self.requests[*i].clone()).collect();
         let mut predicted: Vec<Vec<Predicted>> = missing.iter().map(|_| Vec::new()).collect();
-        let mut score = |_: &[usize], scored: &Scored, x: &Tensor| {
-            for (i, places) in scored.places.chunks(ROWS).enumerate() {
-                let rows = self.log_probabilities(x, i * ROWS, places.len())?;
-                let vocab = rows.len() / places.len();
-                let each: Vec<Predicted> =
-                    rows.par_chunks(vocab).map(|row| Predicted::of(row, self.top_k)).collect();
-                // The places of a request come in their order.
-                for ((request, _), one) in places.iter().zip(each) {
-                    predicted[*request].push(one);
-                }
-            }
+        let mut score = |_: &[usize], places: &[(usize, usize)], x: &Tensor| {
+            let all = self.each_place(places, x, |_, _, row| Predicted::of(row, self.top_k))?;
+            // The places of a request come in their order.
+            places.iter().zip(all).for_each(|((request, _), one)| predicted[*request].push(one));
             Ok(())
         };
         walk(&self.decoder, &requests, &[&[]], &|| self.cx.check(), &mut |_| Ok(()), &mut score)?;
@@ -129,18 +115,29 @@ impl<'a> Damage<'a> {
         Ok(())
     }
 
-    /// Logarithms of the probabilities of all tokens, row by row, behind some of the streams `x`.
-    fn log_probabilities(&self, x: &Tensor, first: usize, count: usize) -> Result<Vec<f32>> {
-        let logits = self.decoder.logits(&x.narrow(0, first, count)?)?;
-        let vocab = logits.dim(1)?;
-        let mut rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-        rows.par_chunks_mut(vocab).for_each(|row| {
-            let most = row.iter().fold(f32::NEG_INFINITY, |most, logit| most.max(*logit));
-            let sum: f64 = row.iter().map(|logit| f64::from(*logit - most).exp()).sum();
-            let log_sum = most + sum.ln() as f32;
-            row.iter_mut().for_each(|logit| *logit -= log_sum);
-        });
-        Ok(rows)
+    /// What `of(request, place, row)` makes of each place, `row` the logarithms of the probabilities of all tokens
+    /// behind the stream that stands for it in `x`.
+    fn each_place<T: Send>(
+        &self,
+        places: &[(usize, usize)],
+        x: &Tensor,
+        of: impl Fn(usize, usize, &[f32]) -> T + Sync,
+    ) -> Result<Vec<T>> {
+        let mut out = Vec::with_capacity(places.len());
+        for (i, places) in places.chunks(ROWS).enumerate() {
+            let logits = self.decoder.logits(&x.narrow(0, i * ROWS, places.len())?)?;
+            let vocab = logits.dim(1)?;
+            let mut rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+            let each = rows.par_chunks_mut(vocab).zip(places).map(|(row, (request, at))| {
+                let most = row.iter().fold(f32::NEG_INFINITY, |most, logit| most.max(*logit));
+                let sum: f64 = row.iter().map(|logit| f64::from(*logit - most).exp()).sum();
+                let log_sum = most + sum.ln() as f32;
+                row.iter_mut().for_each(|logit| *logit -= log_sum);
+                of(*request, *at, row)
+            });
+            out.par_extend(each);
+        }
+        Ok(out)
     }
 }
 
@@ -177,6 +174,22 @@ fn predicted_tokens(requests: &[Request]) -> f64 {
     requests.iter().map(|r| r.tokens.len() - r.from).sum::<usize>() as f64
 }
 
+/// What `measure` says of the intact model and of each of `sets`: in one walk, unless the first is known.
+fn beside_intact(
+    known: Option<f64>,
+    sets: &[Vec<u32>],
+    measure: impl FnOnce(&[&[u32]]) -> Result<Vec<f64>>,
+) -> Result<(f64, Vec<f64>)> {
+    let mut asked: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
+    if let Some(intact) = known {
+        return Ok((intact, measure(&asked)?));
+    }
+    asked.insert(0, &[]);
+    let mut all = measure(&asked)?;
+    let intact = all.remove(0);
+    Ok((intact, all))
+}
+
 /// Tells of sets done, of requests done for each set.
 fn in_sets(
     sets: usize,
@@ -203,17 +216,14 @@ impl Oracle for Damage<'_> {
         tell: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<f64>> {
         let mut tell = in_sets(sets.len(), windows, tell);
-        let sets: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
         if self.measure == DamageMeasure::Kl {
+            let sets: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
             return self.divergences(&sets, windows, &mut tell);
         }
-        if let Some(intact) = self.intact.get(&windows) {
-            return Ok(self.losses(&sets, windows, &mut tell)?.iter().map(|loss| loss - intact).collect());
-        }
-        let with_intact: Vec<&[u32]> = std::iter::once(&[][..]).chain(sets).collect();
-        let losses = self.losses(&with_intact, windows, &mut tell)?;
-        self.intact.insert(windows, losses[0]);
-        Ok(losses[1..].iter().map(|loss| loss - losses[0]).collect())
+        let known = self.intact.get(&windows).copied();
+        let (intact, losses) = beside_intact(known, sets, |sets| self.losses(sets, windows, &mut tell))?;
+        self.intact.insert(windows, intact);
+        Ok(losses.iter().map(|loss| loss - intact).collect())
     }
 }
 
@@ -276,17 +286,9 @@ impl Oracle for Accuracy<'_> {
         tell: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<f64>> {
         let mut tell = in_sets(sets.len(), self.ends[windows - 1], tell);
-        let sets: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
-        if let Some(intact) = self.intact.get(&windows) {
-            return Ok(self
-                .accuracies(&sets, windows, &mut tell)?
-                .iter()
-                .map(|left| intact - left)
-                .collect());
-        }
-        let with_intact: Vec<&[u32]> = std::iter::once(&[][..]).chain(sets).collect();
-        let all = self.accuracies(&with_intact, windows, &mut tell)?;
-        self.intact.insert(windows, all[0]);
-        Ok(all[1..].iter().map(|left| all[0] - left).collect())
+        let known = self.intact.get(&windows).copied();
+        let (intact, left) = beside_intact(known, sets, |sets| self.accuracies(sets, windows, &mut tell))?;
+        self.intact.insert(windows, intact);
+        Ok(left.iter().map(|left| intact - left).collect())
     }
 }

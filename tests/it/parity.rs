@@ -125,7 +125,7 @@ impl Golden {
             &rows[0][..end - 1],
             &rows[1][..5],
         ];
-        let (batch, places) = self.decoder.pack(&texts);
+        let (batch, places) = Batch::sharing(&texts, self.decoder.in_common(&texts));
         let all: usize = texts.iter().map(|text| text.len()).sum();
         let turns_anew = self.decoder.config().ropes.iter().any(|rope| rope.changes(5, end));
         assert_eq!(batch.tokens.len() < all, !turns_anew, "{}", self.name);

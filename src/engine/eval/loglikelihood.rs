@@ -44,9 +44,9 @@ pub fn likelihoods_without(
 ) -> Result<Vec<Vec<Likelihood>>> {
     let certain = Likelihood { log_likelihood: 0.0, greedy: true };
     let mut out = vec![vec![certain; requests.len()]; cuts.len()];
-    let mut score = |which: &[usize], scored: &Scored, x: &Tensor| {
-        let targets: Vec<u32> = scored.places.iter().map(|(i, at)| requests[*i].tokens[*at]).collect();
-        for ((request, _), token) in scored.places.iter().zip(decoder.likelihoods(x, &targets)?) {
+    let mut score = |which: &[usize], places: &[(usize, usize)], x: &Tensor| {
+        let targets: Vec<u32> = places.iter().map(|(i, at)| requests[*i].tokens[*at]).collect();
+        for ((request, _), token) in places.iter().zip(decoder.likelihoods(x, &targets)?) {
             for cut in which {
                 let sum = &mut out[*cut][*request];
                 sum.log_likelihood += token.log_likelihood;
@@ -59,16 +59,12 @@ pub fn likelihoods_without(
     Ok(out)
 }
 
-/// Sees cuts that are alike, scored tokens, and the stream behind which each of them stands.
-pub type Score<'a> = &'a mut dyn FnMut(&[usize], &Scored, &Tensor) -> Result<()>;
+/// Sees cuts that are alike; scored tokens, the request of each and its place there; and the streams `[tokens, h]`
+/// behind which they stand.
+pub type Score<'a> = &'a mut dyn FnMut(&[usize], &[(usize, usize)], &Tensor) -> Result<()>;
 
-/// Scored tokens that are read off together: the request of each and its place there.
-pub struct Scored {
-    pub places: Vec<(usize, usize)>,
-}
-
-/// Sends requests through the model without the layers of each cut; `tell` and `check` as above. `score(which, scored, x)` sees the stream
-/// `x [scored, h]` behind which each scored token stands, for the cuts `which`.
+/// Sends requests through the model without the layers of each cut; `tell` and `check` as above. `score` sees all
+/// scored tokens of each cut, some at a time.
 pub fn walk(
     decoder: &Decoder,
     requests: &[Request],
@@ -81,27 +77,27 @@ pub fn walk(
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|i| requests[*i].read());
     let texts: Vec<&[u32]> = order.iter().map(|i| requests[*i].read()).collect();
-    let parts = batches(&texts, decoder.rows_at_once());
+    let shared = decoder.in_common(&texts);
+    let parts = batches(&texts, decoder.rows_at_once(), usize::MAX, shared);
     // Where weights do not stay in memory, all go through a layer together.
     let together = if decoder.streamed() { parts.len().max(1) } else { 1 };
     let mut done = 0;
     for parts in parts.chunks(together) {
         let packed: Vec<(Batch, Vec<Rows>)> =
-            parts.iter().map(|part| decoder.pack(&texts[part.clone()])).collect();
+            parts.iter().map(|part| Batch::sharing(&texts[part.clone()], shared)).collect();
         let (batches, rows): (Vec<Batch>, Vec<Vec<Rows>>) = packed.into_iter().unzip();
         let passes: Vec<_> = batches.iter().map(|batch| decoder.pass(batch)).collect();
         carry_cuts(decoder, decoder.streams(&batches)?, &passes, cuts, check, &mut |which, streams| {
             for (i, (part, rows)) in parts.iter().zip(&rows).enumerate() {
-                let mut scored = Scored { places: Vec::new() };
-                let mut places = Vec::new();
+                let (mut places, mut at_rows) = (Vec::new(), Vec::new());
                 for (request, rows) in order[part.clone()].iter().zip(rows) {
                     for at in requests[*request].from..requests[*request].tokens.len() {
-                        scored.places.push((*request, at));
-                        places.push(rows.at(at - 1) as u32);
+                        places.push((*request, at));
+                        at_rows.push(rows.at(at - 1) as u32);
                     }
                 }
                 let x = streams.get(i)?;
-                score(which, &scored, &x.index_select(&Tensor::new(places, x.device())?, 0)?)?;
+                score(which, &places, &x.index_select(&Tensor::new(at_rows, x.device())?, 0)?)?;
                 done += part.len() * which.len();
             }
             tell(done)

@@ -22,33 +22,17 @@ const WORTH_SHARING: usize = 16;
 impl Batch {
     /// Whole texts, one after the other.
     pub fn of(texts: &[&[u32]]) -> Self {
-        let mut batch = Self { tokens: Vec::new(), sequences: Vec::new() };
-        for text in texts.iter().filter(|text| !text.is_empty()) {
-            let first = batch.tokens.len();
-            batch.tokens.extend_from_slice(text);
-            batch.sequences.push(Sequence::alone(first..batch.tokens.len()));
-        }
-        batch
+        Self::sharing(texts, nothing).0
     }
 
-    /// Whole texts, one after the other, and where the rows of each are.
-    pub fn apart(texts: &[&[u32]]) -> (Self, Vec<Rows>) {
-        let mut next = 0;
-        let rows = texts.iter().map(|text| {
-            next += text.len();
-            Rows(std::iter::once(next - text.len()..next).collect())
-        });
-        (Self::of(texts), rows.collect())
-    }
-
-    /// Texts of which each shares its beginning with the one before it, and where the rows of each are. Sorted
-    /// texts have the most in common.
-    pub fn sharing(texts: &[&[u32]]) -> (Self, Vec<Rows>) {
+    /// Texts of which each shares with the one before it what they have in common, and where the rows of each
+    /// are. Sorted texts have the most in common.
+    pub fn sharing(texts: &[&[u32]], shared: InCommon) -> (Self, Vec<Rows>) {
         let mut batch = Self { tokens: Vec::new(), sequences: Vec::new() };
         let mut rows: Vec<Rows> = Vec::with_capacity(texts.len());
         let mut before: &[u32] = &[];
         for text in texts {
-            let shared = in_common(before, text);
+            let shared = shared(before, text);
             let mut keys = rows.last().map_or_else(Rows::default, |last| last.until(shared));
             let first = batch.tokens.len();
             batch.tokens.extend_from_slice(&text[shared..]);
@@ -69,30 +53,38 @@ impl Batch {
     }
 }
 
-/// How texts are cut into batches of at most `most` rows each; a longer text is a batch of its own.
-pub fn batches(texts: &[&[u32]], most: usize) -> Vec<Range<usize>> {
+/// How texts are cut into batches of at most `rows` rows and `most` texts each; a longer text is a batch of its
+/// own.
+pub fn batches(texts: &[&[u32]], rows: usize, most: usize, shared: InCommon) -> Vec<Range<usize>> {
     let mut out: Vec<Range<usize>> = Vec::new();
-    let mut rows = 0;
+    let mut filled = 0;
     for (i, text) in texts.iter().enumerate() {
-        let shared = if i == 0 { 0 } else { in_common(texts[i - 1], text) };
+        let more = text.len() - if i == 0 { 0 } else { shared(texts[i - 1], text) };
         match out.last_mut() {
-            Some(batch) if rows + text.len() - shared <= most => {
+            Some(batch) if batch.len() < most && filled + more <= rows => {
                 batch.end = i + 1;
-                rows += text.len() - shared;
+                filled += more;
             }
             _ => {
                 out.push(i..i + 1);
-                rows = text.len();
+                filled = text.len();
             }
         }
     }
     out
 }
 
-/// Tokens that both begin with, where that is worth something.
-fn in_common(a: &[u32], b: &[u32]) -> usize {
+/// How many tokens of two texts are to be computed once for both.
+pub type InCommon = fn(&[u32], &[u32]) -> usize;
+
+/// What both begin with, where that is worth something.
+pub fn beginning(a: &[u32], b: &[u32]) -> usize {
     let shared = a.iter().zip(b).take_while(|(a, b)| a == b).count();
     if shared < WORTH_SHARING { 0 } else { shared }
+}
+
+pub fn nothing(_: &[u32], _: &[u32]) -> usize {
+    0
 }
 
 impl Rows {
@@ -143,7 +135,7 @@ mod tests {
             text(&[(1, 3), (9, 30)]),
         ];
         let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
-        let (batch, rows) = Batch::sharing(&texts);
+        let (batch, rows) = Batch::sharing(&texts, beginning);
         assert_eq!(batch.tokens.len(), 40 + 5 + 2 + 3 + 33);
         for (text, rows) in texts.iter().zip(&rows) {
             let found: Vec<u32> = (0..text.len()).map(|i| batch.tokens[rows.at(i)]).collect();
@@ -154,7 +146,9 @@ mod tests {
             assert_eq!(keys, sequence.past() + sequence.queries.len());
             assert_eq!(sequence.keys.last(), Some(&sequence.queries));
         }
-        assert_eq!(batches(&texts, 50), vec![0..5, 5..6]);
-        assert_eq!(batches(&texts, 10), (0..6).map(|i| i..i + 1).collect::<Vec<_>>());
+        assert_eq!(batches(&texts, 50, 9, beginning), vec![0..5, 5..6]);
+        assert_eq!(batches(&texts, 50, 2, beginning), vec![0..2, 2..4, 4..5, 5..6]);
+        assert_eq!(batches(&texts, 80, 9, nothing), vec![0..1, 1..2, 2..3, 3..5, 5..6]);
+        assert_eq!(batches(&texts, 10, 9, beginning), (0..6).map(|i| i..i + 1).collect::<Vec<_>>());
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
 
-use super::batch::{Batch, Rows};
+use super::batch::{Batch, InCommon, beginning, nothing};
 use super::cache::KvCache;
 use super::checkpoint::Checkpoint;
 use super::kernel::attention::Sequence;
@@ -357,7 +357,9 @@ impl Decoder {
 
     /// Final norm and head: streams `[n, h]` to logits `[n, vocab]`, float32.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        self.head_logits(&self.final_norm.forward(x)?)
+        let logits = self.head_logits(&self.final_norm.forward(x)?)?;
+        self.release_vocabulary();
+        Ok(logits)
     }
 
     /// The head alone, for normed streams `[n, h]`.
@@ -383,12 +385,10 @@ impl Decoder {
 
     /// The same, and which token is the likeliest.
     pub fn odds(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
-        let out = match self.head.frozen() {
-            Some(head) => self.odds_native(head, x, targets)?,
-            None => self.odds_candle(x, targets)?,
-        };
-        self.release_vocabulary();
-        Ok(out)
+        match self.native_head()? {
+            Some(head) => self.odds_native(&head, x, targets),
+            None => self.odds_candle(x, targets),
+        }
     }
 
     fn odds_candle(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
@@ -408,55 +408,56 @@ impl Decoder {
     }
 
     /// A block of the vocabulary at a time, so that logits never leave the cache.
-    fn odds_native(&self, head: &Frozen, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
-        let (n, h) = x.dims2()?;
-        let config = self.config();
-        let (scale, cap) = (config.logit_scale as f32, config.final_cap.map(|cap| cap as f32));
-        let norm = self.final_norm.native()?;
-        let bias = self.head_bias.as_ref().map(floats).transpose()?;
+    fn odds_native(&self, head: &NativeHead, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
+        let h = x.dim(1)?;
+        let matrix = &head.weight.matrix;
         let mut all: Vec<Odds> = targets.iter().map(|id| Odds::of(*id as usize)).collect();
         with(x, |x| {
-            for (chunk, odds) in all.chunks_mut(LIKELIHOOD_ROWS).enumerate() {
-                let x = &x[chunk * LIKELIHOOD_ROWS * h..];
-                let normed = Left::from_rows(odds.len(), h, head.rounding, |i, out| {
-                    norm.row(&x[i * h..(i + 1) * h], out);
-                });
-                for first in (0..head.matrix.rows).step_by(VOCABULARY_BLOCK) {
-                    let block = first..(first + VOCABULARY_BLOCK).min(head.matrix.rows);
+            for (x, odds) in x.chunks(LIKELIHOOD_ROWS * h).zip(all.chunks_mut(LIKELIHOOD_ROWS)) {
+                let normed = head.normed(x, h);
+                for first in (0..matrix.rows).step_by(VOCABULARY_BLOCK) {
+                    let block = first..(first + VOCABULARY_BLOCK).min(matrix.rows);
                     let width = block.len();
-                    let mut logits = product(&normed, &head.matrix.part(block.clone()), Side::Rows);
+                    let mut logits = product(&normed, &matrix.part(block), Side::Rows);
                     logits.par_chunks_mut(width).zip(&mut *odds).for_each(|(logits, odds)| {
-                        if let Some(bias) = &bias {
-                            rows::add_scaled(logits, 1.0, &bias[block.clone()]);
-                        }
-                        rows::finish_logits(logits, scale, cap);
+                        head.finish(logits, first);
                         odds.add(logits, first);
                     });
                 }
             }
         })?;
-        debug_assert_eq!(all.len(), n);
+        self.release_vocabulary();
         Ok(all)
     }
 
-    /// Texts in one batch, and the rows of each. They share what they begin with, unless the model turns long
-    /// texts otherwise than short ones.
-    pub fn pack(&self, texts: &[&[u32]]) -> (Batch, Vec<Rows>) {
+    /// The head on our own kernels, where they can take it.
+    fn native_head(&self) -> Result<Option<NativeHead<'_>>> {
+        let Some(weight) = self.head.frozen() else { return Ok(None) };
+        let config = self.config();
+        Ok(Some(NativeHead {
+            weight,
+            norm: self.final_norm.native()?,
+            bias: self.head_bias.as_ref().map(floats).transpose()?,
+            scale: config.logit_scale as f32,
+            cap: config.final_cap.map(|cap| cap as f32),
+        }))
+    }
+
+    /// What [`Batch::sharing`] may take as common to neighbours of `texts`: what they begin with, unless the model
+    /// turns long texts otherwise than short ones.
+    pub fn in_common(&self, texts: &[&[u32]]) -> InCommon {
         let lengths = texts.iter().map(|text| text.len());
         let (least, most) = (lengths.clone().min().unwrap_or(0), lengths.max().unwrap_or(0));
-        if self.config().ropes.iter().any(|rope| rope.changes(least, most)) {
-            Batch::apart(texts)
-        } else {
-            Batch::sharing(texts)
-        }
+        let turns = self.config().ropes.iter().any(|rope| rope.changes(least, most));
+        if turns { nothing } else { beginning }
     }
 
     /// Negative log-likelihood of `targets[i]` after the stream `x[i]`, in nats, for `x [n, h]` as
     /// [`Self::forward`] gives it, and the gradient of `scale` times their sum for `x`. Works
     /// through the vocabulary a few rows at a time.
     pub fn token_nll_backward(&self, x: &Tensor, targets: &[u32], scale: f64) -> Result<(Vec<f32>, Tensor)> {
-        if let Some(head) = self.head.frozen() {
-            return self.token_nll_native(head, x, targets, scale as f32);
+        if let Some(head) = self.native_head()? {
+            return self.token_nll_native(&head, x, targets, scale as f32);
         }
         let scale = scale * self.config().logit_scale;
         let (mut nll, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
@@ -479,16 +480,13 @@ impl Decoder {
 
     fn token_nll_native(
         &self,
-        head: &Frozen,
+        head: &NativeHead,
         x: &Tensor,
         targets: &[u32],
         scale: f32,
     ) -> Result<(Vec<f32>, Tensor)> {
         let (n, h) = x.dims2()?;
-        let config = self.config();
-        let (logit_scale, cap) = (config.logit_scale as f32, config.final_cap.map(|cap| cap as f32));
-        let norm = self.final_norm.native()?;
-        let bias = self.head_bias.as_ref().map(floats).transpose()?;
+        let matrix = &head.weight.matrix;
         let mut dx = vec![0f32; n * h];
         let mut nll = vec![0f32; n];
         with(x, |x| {
@@ -496,24 +494,45 @@ impl Decoder {
             for ((x, dx), (nll, targets)) in
                 chunks.zip(nll.chunks_mut(HEAD_ROWS).zip(targets.chunks(HEAD_ROWS)))
             {
-                let normed = Left::from_rows(targets.len(), h, head.rounding, |i, out| {
-                    norm.row(&x[i * h..(i + 1) * h], out);
-                });
-                let mut logits = product(&normed, &head.matrix, head.side(false));
+                let mut logits = product(&head.normed(x, h), matrix, head.weight.side(false));
                 let vocab = logits.len() / targets.len();
                 logits.par_chunks_mut(vocab).zip(nll).zip(targets).for_each(|((logits, nll), target)| {
-                    if let Some(bias) = &bias {
-                        rows::add_scaled(logits, 1.0, bias);
-                    }
-                    rows::finish_logits(logits, logit_scale, cap);
-                    *nll = rows::cross_entropy(logits, *target as usize, cap, scale * logit_scale);
+                    head.finish(logits, 0);
+                    *nll = rows::cross_entropy(logits, *target as usize, head.cap, scale * head.scale);
                 });
-                let d_normed =
-                    product(&Left::new(&logits, vocab, head.rounding), &head.matrix, head.side(true));
+                let gradient = Left::new(&logits, vocab, head.weight.rounding);
+                let d_normed = product(&gradient, matrix, head.weight.side(true));
                 let rows = dx.par_chunks_mut(h).zip(x.par_chunks(h)).zip(d_normed.par_chunks(h));
-                rows.for_each(|((dx, x), dy)| norm.back(x, dy, dx));
+                rows.for_each(|((dx, x), dy)| head.norm.back(x, dy, dx));
             }
         })?;
+        self.release_vocabulary();
         Ok((nll, Tensor::from_vec(dx, (n, h), &self.compute.device)?))
+    }
+}
+
+/// Final norm and head, for our own kernels.
+struct NativeHead<'a> {
+    weight: &'a Frozen,
+    norm: rows::Norm,
+    bias: Option<Vec<f32>>,
+    scale: f32,
+    cap: Option<f32>,
+}
+
+impl NativeHead<'_> {
+    /// The rows of a stream `[n, h]`, normed.
+    fn normed(&self, x: &[f32], h: usize) -> Left {
+        Left::from_rows(x.len() / h, h, self.weight.rounding, |i, out| {
+            self.norm.row(&x[i * h..(i + 1) * h], out);
+        })
+    }
+
+    /// Products with the head's rows `first..` become logits.
+    fn finish(&self, products: &mut [f32], first: usize) {
+        if let Some(bias) = &self.bias {
+            rows::add_scaled(products, 1.0, &bias[first..first + products.len()]);
+        }
+        rows::finish_logits(products, self.scale, self.cap);
     }
 }

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use self::lens::Lens;
 use self::sums::{Sample, Sums};
 use super::distance::Gram;
+use super::model::batch::{batches, nothing};
 use super::model::kernel::rows::exact_product;
 use super::model::streams::Streams;
 use super::model::weight::with;
@@ -48,7 +49,7 @@ pub fn profile(
     let mut lens = spec.logit_lens.then(|| Lens::new(&windows, &decoder));
     let round = if spec.confidence.is_some() { ROUND } else { windows.len() };
     for (number, these) in windows.chunks(round).enumerate() {
-        let parts = parts(these, spec.batch_size as usize, decoder.rows_at_once());
+        let parts = batches(these, decoder.rows_at_once(), spec.batch_size as usize, nothing);
         let pass = Pass { decoder: &decoder, windows: these, first: number * round, parts: &parts, spec, cx };
         for sample in pass.samples(lens.as_mut())? {
             sums.add(&sample);
@@ -65,25 +66,6 @@ pub fn profile(
         profile.logit_lens = lens.readings();
     }
     Ok(profile)
-}
-
-/// Windows that go through a layer together: at most `most` of them, and `rows` tokens.
-fn parts(windows: &[&[u32]], most: usize, rows: usize) -> Vec<Range<usize>> {
-    let mut parts: Vec<Range<usize>> = Vec::new();
-    let mut filled = 0;
-    for (i, window) in windows.iter().enumerate() {
-        match parts.last_mut() {
-            Some(part) if part.len() < most && filled + window.len() <= rows => {
-                part.end = i + 1;
-                filled += window.len();
-            }
-            _ => {
-                parts.push(i..i + 1);
-                filled = window.len();
-            }
-        }
-    }
-    parts
 }
 
 /// Where the tokens that count lie for each window, in a table of all that count.
@@ -146,10 +128,11 @@ impl Pass<'_> {
         let layers: Vec<usize> = (0..layer_count).collect();
         // By layer and window.
         let mut added: Vec<Vec<Added>> = vec![Vec::new(); layer_count];
+        let ranges: Vec<Vec<Range<usize>>> =
+            self.parts.iter().map(|part| counted(&self.windows[part.clone()], self.spec.position)).collect();
         self.decoder.carry_by(&mut streams, &layers, |layer, index, part, x| {
             let (middle, leaving) = layer.halves(x, &passes[part])?;
-            let ranges = counted(&self.windows[self.parts[part].clone()], self.spec.position);
-            added[index].extend(means(&ranges, &each_added(x, &middle, &leaving, &rows[part])?));
+            added[index].extend(means(&ranges[part], &each_added(x, &middle, &leaving, &rows[part])?));
             keep(index + 1, part, &leaving)?;
             if part + 1 == passes.len() {
                 let task = "measuring layers";
@@ -158,9 +141,9 @@ impl Pass<'_> {
             Ok(leaving)
         })?;
         let mut samples = Vec::with_capacity(self.windows.len());
-        for (part, of_part) in self.parts.iter().enumerate() {
-            for tokens in counted(&self.windows[of_part.clone()], self.spec.position) {
-                let mut sample = seams.sample(part, tokens, self.spec, self.cx)?;
+        for (part, ranges) in ranges.iter().enumerate() {
+            for tokens in ranges {
+                let mut sample = seams.sample(part, tokens.clone(), self.spec, self.cx)?;
                 if let Some(seam) = sample.not_finite() {
                     return Err(not_finite(seam, self.first + samples.len()));
                 }
