@@ -44,7 +44,8 @@ pub struct Args {
     threads: Option<u16>,
     /// Memory to work in, such as `800MiB` or `12GB`; three quarters of what is free when absent. Weights that do
     /// not fit stay in their files, one layer in memory at a time; streams that do not go to a file in the
-    /// workspace. It changes no result. Healing takes some matrices and the adapters on top.
+    /// workspace. It changes no result but the last digits of healing, which takes some matrices and the adapters
+    /// on top.
     #[arg(long, value_name = "SIZE", value_parser = super::size::bytes)]
     memory_limit: Option<u64>,
     /// Write events to standard output as one JSON object a line, and nothing else there.

@@ -1,5 +1,5 @@
 //! How much memory a run may take. What does not fit goes to a file: weights stay in theirs, streams go to one
-//! of their own. It changes no result.
+//! of their own. It changes no result but the last digits of healing.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
