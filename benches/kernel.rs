@@ -65,7 +65,7 @@ fn products(criterion: &mut Criterion) {
         group.bench_function("candle", |b| b.iter(|| left.matmul(&right)));
         let halves: Vec<u8> = w.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect();
         let stored = Matrix::stored(halves.into(), Stored::Bf16, n, k);
-        let nf4 = Matrix::nf4(&w, n, k);
+        let nf4 = Matrix::floats(&w, n, k).nf4(false);
         for (name, matrix, rounding) in [
             ("bf16", &stored, Some(Rounding::Once)),
             ("high", &stored, Some(Rounding::Twice)),

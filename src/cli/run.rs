@@ -44,7 +44,7 @@ pub struct Args {
     threads: Option<u16>,
     /// Memory to work in, such as `800MiB` or `12GB`; three quarters of what is free when absent. Weights that do
     /// not fit stay in their files, one layer in memory at a time; streams that do not go to a file in the
-    /// workspace. It changes no result but the last digits of healing, which takes some matrices and the adapters
+    /// workspace. It changes no result but the last digits of healing, which takes the adapters and their moments
     /// on top.
     #[arg(long, value_name = "SIZE", value_parser = super::size::bytes)]
     memory_limit: Option<u64>,
@@ -90,8 +90,9 @@ impl From<Failure> for Trouble {
 // Every command has this shape.
 #[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if args.memory_limit.is_none() {
-        allocator::keep_freed();
+    match args.memory_limit {
+        None => allocator::keep_freed(),
+        Some(_) => allocator::return_freed(),
     }
     process::one_thread_pool();
     if let Some(threads) = args.threads {

@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::export::safetensors::{Content, Draft, Planned, encode, note_dtype, written_dtype};
-use super::model::checkpoint::widen_stored;
+use super::export::safetensors::{Content, Draft, Planned, note_dtype, written_dtype};
 use super::workspace::Workspace;
 use super::{Cx, Result};
 use crate::checkpoint::Index;
@@ -44,20 +43,12 @@ impl<'a> Cut<'a> {
     /// Writes it to `pruned/` in the workspace, whole or not at all.
     pub fn write(self, workspace: &Workspace, cx: Cx) -> Result<CheckpointRef> {
         let Self { base, sources, draft } = self;
-        draft.write(workspace, PRUNED, cx, |tensor| content(base, &sources, tensor))
+        draft.write(workspace, PRUNED, cx, |tensor| Content::of(base, &sources[&tensor.name]))
     }
 
     /// Writes it into the empty directory `dir`.
     pub fn write_to(self, dir: &Path, cx: Cx) -> Result<CheckpointRef> {
         let Self { base, sources, draft } = self;
-        draft.write_to(dir, cx, |tensor| content(base, &sources, tensor))
+        draft.write_to(dir, cx, |tensor| Content::of(base, &sources[&tensor.name]))
     }
-}
-
-fn content(base: &Index, sources: &BTreeMap<String, String>, tensor: &Planned) -> Result<Content> {
-    let old = &sources[&tensor.name];
-    if base.tensors.get(old).is_some_and(|info| info.dtype == tensor.dtype) {
-        return Content::of(base, old);
-    }
-    Ok(Content::Made(encode(old, &widen_stored(base, old)?, tensor.dtype)?))
 }

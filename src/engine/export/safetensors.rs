@@ -3,17 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{Dtype, Index};
-use crate::engine::model::checkpoint::{TensorSum, content_digest, read_chunks};
+use crate::checkpoint::{Dtype, Index, TensorInfo};
+use crate::engine::model::checkpoint::{TensorSum, content_digest, read_chunks, widened};
 use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::workspace::{Workspace, at, write_json};
 use crate::engine::{Cx, Error, Result};
@@ -37,28 +36,28 @@ impl Planned {
     }
 }
 
-/// The bytes of a tensor to be written.
-pub enum Content {
-    /// Those of another file, as they are.
-    Stored {
-        path: PathBuf,
-        range: Range<u64>,
-    },
-    Made(Vec<u8>),
+/// The bytes of a tensor to be written: those that tensor `info` has in the file `path`.
+pub struct Content<'a> {
+    path: &'a Path,
+    info: &'a TensorInfo,
+    change: Option<Change<'a>>,
 }
 
-impl Content {
-    /// The stored bytes of tensor `name`.
-    pub fn of(index: &Index, name: &str) -> Result<Self> {
+/// Changes some whole rows of a tensor, `change(first row, values)`.
+pub type Change<'a> = Box<dyn Fn(usize, &mut [f32]) -> Result<()> + 'a>;
+
+impl<'a> Content<'a> {
+    /// The stored values of tensor `name`, which keep their bytes when they keep their type.
+    pub fn of(index: &'a Index, name: &str) -> Result<Self> {
         let info = index.tensors.get(name).ok_or_else(|| Error::bug(format!("tensor {name} is gone")))?;
-        Ok(Self::Stored { path: index.files[info.file].clone(), range: info.range.clone() })
+        Ok(Self { path: &index.files[info.file], info, change: None })
     }
 
-    fn size_bytes(&self) -> u64 {
-        match self {
-            Self::Stored { range, .. } => range.end - range.start,
-            Self::Made(bytes) => bytes.len() as u64,
-        }
+    /// The same values changed: a few rows at a time as float32, so that they are never in memory as a whole,
+    /// each rounded once to the planned type.
+    #[must_use]
+    pub fn changed(self, change: impl Fn(usize, &mut [f32]) -> Result<()> + 'a) -> Self {
+        Self { change: Some(Box::new(change)), ..self }
     }
 }
 
@@ -73,12 +72,12 @@ pub struct Draft<'a> {
 impl Draft<'_> {
     /// Writes the checkpoint to `name` in the workspace, whole or not at all: built beside, opened
     /// again with every check, run once, then put in place. `content` gives each planned tensor's bytes.
-    pub fn write(
+    pub fn write<'c>(
         self,
         workspace: &Workspace,
         name: &str,
         cx: Cx,
-        content: impl Fn(&Planned) -> Result<Content> + Sync,
+        content: impl Fn(&Planned) -> Result<Content<'c>> + Sync,
     ) -> Result<CheckpointRef> {
         let dir = workspace.part(name)?;
         let written = self.write_to(&dir, cx, content)?;
@@ -90,11 +89,11 @@ impl Draft<'_> {
     }
 
     /// Writes the checkpoint into the empty directory `dir`, and opens it again with every check.
-    pub fn write_to(
+    pub fn write_to<'c>(
         mut self,
         dir: &Path,
         cx: Cx,
-        content: impl Fn(&Planned) -> Result<Content> + Sync,
+        content: impl Fn(&Planned) -> Result<Content<'c>> + Sync,
     ) -> Result<CheckpointRef> {
         // The reference writer's order: by width, so that everything is aligned, then by name.
         self.tensors.sort_by(|a, b| b.dtype.bits().cmp(&a.dtype.bits()).then_with(|| a.name.cmp(&b.name)));
@@ -167,12 +166,12 @@ fn is_text(name: &str) -> bool {
 
 /// One `model.safetensors` when everything fits, else shards and their index. Tensors are written side by
 /// side, each hashed on its way; gives their sums.
-fn write_shards(
+fn write_shards<'c>(
     dir: &Path,
     tensors: &[Planned],
     max_shard_bytes: u64,
     cx: Cx,
-    content: &(impl Fn(&Planned) -> Result<Content> + Sync),
+    content: &(impl Fn(&Planned) -> Result<Content<'c>> + Sync),
 ) -> Result<BTreeMap<String, TensorSum>> {
     let total: u64 = tensors.iter().map(Planned::size_bytes).sum();
     let shards = shards(tensors, max_shard_bytes);
@@ -215,10 +214,10 @@ fn shards(tensors: &[Planned], max_bytes: u64) -> Vec<&[Planned]> {
 }
 
 /// The safetensors format: length of the header, header, then the bytes of all tensors in a row.
-fn write_file(
+fn write_file<'c>(
     path: &Path,
     tensors: &[Planned],
-    content: impl Fn(&Planned) -> Result<Content> + Sync,
+    content: impl Fn(&Planned) -> Result<Content<'c>> + Sync,
 ) -> Result<Vec<(String, TensorSum)>> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
@@ -240,11 +239,7 @@ fn write_file(
     file.write_all_at(&(header.len() as u64).to_le_bytes(), 0).map_err(at(path))?;
     file.write_all_at(&header, 8).map_err(at(path))?;
     let write = |(tensor, place): (&Planned, &u64)| {
-        let content = content(tensor)?;
-        if content.size_bytes() != tensor.size_bytes() {
-            return Err(Error::bug(format!("{} bytes for tensor {}", content.size_bytes(), tensor.name)));
-        }
-        let hash = write_tensor(path, &file, data + place, content)?;
+        let hash = write_tensor(path, &file, data + place, tensor, &content(tensor)?)?;
         Ok((tensor.name.clone(), TensorSum { dtype: tensor.dtype, shape: tensor.shape.clone(), hash }))
     };
     tensors.par_iter().zip(&places).map(write).collect()
@@ -252,26 +247,42 @@ fn write_file(
 
 /// Writes a tensor to its place and hashes it. Where it is nothing but zeros a hole is left: a sparse
 /// checkpoint stays one.
-fn write_tensor(path: &Path, file: &File, mut place: u64, content: Content) -> Result<blake3::Hash> {
+fn write_tensor(
+    path: &Path,
+    file: &File,
+    mut place: u64,
+    tensor: &Planned,
+    content: &Content,
+) -> Result<blake3::Hash> {
     let mut hash = blake3::Hasher::new();
     let mut put = |chunk: &[u8]| {
         hash.update(chunk);
         if chunk.iter().any(|b| *b != 0) {
-            file.write_all_at(chunk, place)?;
+            file.write_all_at(chunk, place).map_err(at(path))?;
         }
         place += chunk.len() as u64;
         Ok(())
     };
-    match content {
-        Content::Made(bytes) => put(&bytes).map_err(at(path))?,
-        Content::Stored { path: source, range } => {
-            let from = File::open(&source).map_err(at(&source))?;
-            let copied = read_chunks(&from, range, put);
-            copied.map_err(|e| {
-                at(path)(std::io::Error::new(e.kind(), format!("copying from {}: {e}", source.display())))
-            })?;
-        }
+    let Content { path: source, info, change } = content;
+    if info.shape != tensor.shape {
+        return Err(Error::bug(format!(
+            "tensor {} of {:?} from {:?}",
+            tensor.name, tensor.shape, info.shape
+        )));
     }
+    let width = info.shape.iter().skip(1).product::<usize>().max(1);
+    let mut row = 0;
+    read_chunks(source, info.range.clone(), width * info.dtype.bits() as usize / 8, |chunk| {
+        if change.is_none() && info.dtype == tensor.dtype {
+            return put(chunk);
+        }
+        let mut values = widened(&tensor.name, chunk, info.dtype)?;
+        if let Some(change) = change {
+            change(row, &mut values)?;
+        }
+        row += values.len() / width;
+        put(&encode(&tensor.name, &values, tensor.dtype)?)
+    })?;
     Ok(hash.finalize())
 }
 

@@ -12,8 +12,7 @@ use std::path::Path;
 
 pub use qlora::{Trained, Windows, train};
 
-use super::export::safetensors::{Content, Draft, Planned, encode};
-use super::model::checkpoint::widened;
+use super::export::safetensors::{Content, Draft, Planned};
 use super::model::lora::Adapter;
 use super::model::{Checkpoint, Decoder};
 use super::workspace::{Workspace, write_json};
@@ -150,31 +149,16 @@ fn write_merged(
     });
     let draft = Draft { config: config.raw().clone(), companions: source.dir(), tensors: planned.collect() };
     draft.write(workspace, CANDIDATE, cx, |tensor| {
-        let Some(adapter) = adapters.get(&tensor.name) else {
-            return Content::of(source.index(), &tensor.name);
-        };
-        let merged = merged(source, tensor, adapter)?;
-        source.release(&tensor.name);
-        Ok(Content::Made(merged))
+        let content = Content::of(source.index(), &tensor.name)?;
+        let Some(adapter) = adapters.get(&tensor.name) else { return Ok(content) };
+        let delta = adapter.delta(config.family.transposed)?;
+        let name = tensor.name.clone();
+        Ok(content.changed(move |row, weights| {
+            delta.add(row, weights);
+            if weights.iter().all(|w| w.is_finite()) {
+                return Ok(());
+            }
+            Err(Error::spec(format!("healing left {name} not finite; lower learning_rate")))
+        }))
     })
-}
-
-/// Rows that are merged at a time: the weight is never there in float32 as a whole.
-const MERGED_ROWS: usize = 64;
-
-/// The bytes of a weight of `source` with an adapter merged into it.
-fn merged(source: &Checkpoint, tensor: &Planned, adapter: &Adapter) -> Result<Vec<u8>> {
-    let delta = adapter.delta(source.config().family.transposed)?;
-    let stored = source.bytes(&tensor.name)?;
-    let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
-    let mut out = Vec::with_capacity(stored.len());
-    for (i, part) in stored.chunks(stored.len() / rows * MERGED_ROWS).enumerate() {
-        let mut values = widened(&tensor.name, part, tensor.dtype)?;
-        delta.add(i * MERGED_ROWS, &mut values);
-        if values.iter().any(|w| !w.is_finite()) {
-            return Err(Error::spec(format!("healing left {} not finite; lower learning_rate", tensor.name)));
-        }
-        out.extend(encode(&tensor.name, &values, tensor.dtype)?);
-    }
-    Ok(out)
 }

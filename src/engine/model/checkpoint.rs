@@ -15,6 +15,7 @@ use tokenizers::Tokenizer;
 
 use super::kernel::map::Map;
 use crate::checkpoint::{Config, Dtype, Index, TensorInfo};
+use crate::engine::workspace::at;
 use crate::engine::{Error, Result};
 
 /// An opened model directory: safetensors only, mapped, every shape checked
@@ -134,16 +135,6 @@ impl Checkpoint {
         widened(name, self.bytes(name)?, info.dtype)
     }
 
-    /// The values of a linear layer's weight `[outputs, inputs]` as float32, however the family stores it.
-    pub fn linear_values(&self, name: &str, (outputs, inputs): (usize, usize)) -> Result<Vec<f32>> {
-        let values = self.values(name)?;
-        if !self.config().family.transposed {
-            return Ok(values);
-        }
-        let turned = Tensor::from_vec(values, (inputs, outputs), &Device::Cpu)?.t()?;
-        Ok(turned.flatten_all()?.to_vec1()?)
-    }
-
     /// All parameters, a tied head counted once.
     pub fn parameters(&self) -> u64 {
         self.0.index.parameters()
@@ -166,11 +157,11 @@ impl Checkpoint {
     /// A model error that names a tensor with values that are not finite.
     pub fn digest(&self) -> Result<String> {
         let index = self.index();
-        let files = index.files.iter().map(File::open).collect::<std::io::Result<Vec<_>>>()?;
         let sum = |(name, info): (&String, &TensorInfo)| -> Result<(String, TensorSum)> {
             let mut hash = blake3::Hasher::new();
             let mut sound = true;
-            read_chunks(&files[info.file], info.range.clone(), |chunk| {
+            let bytes = info.dtype.bits() as usize / 8;
+            read_chunks(&index.files[info.file], info.range.clone(), bytes, |chunk| {
                 hash.update(chunk);
                 sound &= all_finite(info.dtype, chunk);
                 Ok(())
@@ -266,14 +257,6 @@ pub fn widened(name: &str, bytes: &[u8], stored: Dtype) -> Result<Vec<f32>> {
     widen(bytes, stored).ok_or_else(|| not_a_weight(name, stored))
 }
 
-/// The values of a tensor as float32, read from its file: no more of it stays in memory.
-pub fn widen_stored(index: &Index, name: &str) -> Result<Vec<f32>> {
-    let info = index.tensors.get(name).ok_or_else(|| Error::bug(format!("tensor {name} is gone")))?;
-    let mut bytes = vec![0; (info.range.end - info.range.start) as usize];
-    File::open(&index.files[info.file])?.read_exact_at(&mut bytes, info.range.start)?;
-    widened(name, &bytes, info.dtype)
-}
-
 /// What a tensor holds.
 pub struct TensorSum {
     pub dtype: Dtype,
@@ -302,17 +285,21 @@ pub fn content_digest(dir: &Path, tensors: &BTreeMap<String, TensorSum>) -> Resu
 /// Bytes read at a time: few calls, and still in the processor's cache when they are used.
 const CHUNK_BYTES: usize = 512 << 10;
 
-/// Reads a range of a file piece by piece; none of it stays in memory.
+/// Reads a range of the file `path` piece by piece, each of whole units of `unit` bytes; none of it stays in memory.
 pub fn read_chunks(
-    file: &File,
+    path: &Path,
     range: Range<u64>,
-    mut each: impl FnMut(&[u8]) -> std::io::Result<()>,
-) -> std::io::Result<()> {
-    let mut buffer = vec![0; CHUNK_BYTES.min((range.end - range.start) as usize)];
+    unit: usize,
+    mut each: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let file = File::open(path).map_err(at(path))?;
+    let unit = unit.max(1);
+    let piece = CHUNK_BYTES.max(unit) / unit * unit;
+    let mut buffer = vec![0; piece.min((range.end - range.start) as usize)];
     let mut place = range.start;
     while place < range.end {
         let length = buffer.len().min((range.end - place) as usize);
-        file.read_exact_at(&mut buffer[..length], place)?;
+        file.read_exact_at(&mut buffer[..length], place).map_err(at(path))?;
         each(&buffer[..length])?;
         place += length as u64;
     }

@@ -105,15 +105,18 @@ impl Decoder {
         let mut room = compute.memory.share(1, 4) as u64;
         let each = checkpoint.layer_bytes() / 16 * u64::from(u8::from(bits));
         Self::with_layers(checkpoint, compute, |index| {
-            let layer = match bits {
-                BaseBits::Sixteen if compute.native() => Layer::load(checkpoint, index, compute)?,
-                BaseBits::Sixteen => return Ok(Stored::OnDisk),
-                BaseBits::Four | BaseBits::Eight => Layer::quantised(checkpoint, index, bits, compute)?,
-            };
+            if bits == BaseBits::Sixteen && !compute.native() {
+                return Ok(Stored::OnDisk);
+            }
+            let layer = Layer::load(checkpoint, index, compute)?;
             if bits == BaseBits::Sixteen {
                 return Ok(Stored::Resident(Box::new(layer)));
             }
-            checkpoint.release_layer(index);
+            let config = checkpoint.config();
+            let linears = config.linears(index);
+            let layer = layer.quantised(bits, compute, |i| {
+                checkpoint.release(&format!("{}.weight", config.in_layer(index, linears[i].name)));
+            })?;
             if room < each && compute.native() {
                 let (layer, map) = layer.spilled(&compute.memory)?;
                 map.release(0..map.len());

@@ -78,17 +78,25 @@ impl Weight {
         Ok(Self::Frozen(Arc::new(Frozen { matrix, turned, rounding })))
     }
 
-    /// A matrix of these values, `[outputs, inputs]`, as `bits` bits leave them.
-    pub fn quantised(
-        values: &[f32],
-        shape: (usize, usize),
-        bits: BaseBits,
-        compute: &Compute,
-    ) -> Result<Self> {
+    /// The same matrix, `[outputs, inputs]`, with the values that `bits` bits leave it.
+    pub fn quantised(&self, bits: BaseBits, compute: &Compute) -> Result<Self> {
+        let copied;
+        let (matrix, turned) = match self {
+            Self::Frozen(frozen) => (&frozen.matrix, frozen.turned),
+            Self::Dense(weight) => {
+                let (rows, columns) = weight.dims2()?;
+                copied = Matrix::floats(
+                    &floats(&weight.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)?,
+                    rows,
+                    columns,
+                );
+                (&copied, false)
+            }
+        };
         let matrix = match bits {
-            BaseBits::Four => Matrix::nf4(values, shape.0, shape.1),
-            BaseBits::Eight => Matrix::int8(values, shape.0, shape.1),
-            BaseBits::Sixteen => return Err(Error::bug("16 bits need no packing")),
+            BaseBits::Four => matrix.nf4(turned),
+            BaseBits::Eight => matrix.int8(turned),
+            BaseBits::Sixteen => return Ok(self.clone()),
         };
         let rounding = compute.rounding.filter(|r| *r == Rounding::Once);
         Ok(Self::Frozen(Arc::new(Frozen { matrix, turned: false, rounding })))

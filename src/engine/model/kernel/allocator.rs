@@ -15,6 +15,17 @@ pub fn keep_freed() {
     }
 }
 
+/// Gives every large block back when it is freed, from now on: by default glibc stops doing so for blocks as large
+/// as one that was freed before, and what lies between them stays. For a run that was told how little there is.
+pub fn return_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `mallopt` only sets numbers of the allocator.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20);
+    }
+}
+
 /// Gives what it keeps back to the system.
 pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -100,22 +100,33 @@ impl Matrix {
         Self::stored(bytes.into(), Stored::F32, rows, columns)
     }
 
-    /// The values four bits leave of these (NF4).
-    ///
-    /// # Panics
-    /// When there are not `rows * columns` values.
-    pub fn nf4(values: &[f32], rows: usize, columns: usize) -> Self {
-        assert_eq!(values.len(), rows * columns, "a whole matrix. This is a bug.");
-        Self { rows, columns, data: Data::Nf4(Nf4::pack(values)) }
+    /// The values that four bits leave of it (NF4), or of what it is `turned`.
+    #[must_use]
+    pub fn nf4(&self, turned: bool) -> Self {
+        let pack = |count| Nf4::pack(count, |first, out| self.values(first, turned, out));
+        self.packed(turned, |count| Data::Nf4(pack(count)))
     }
 
-    /// The values eight bits leave of these.
-    ///
-    /// # Panics
-    /// When there are not `rows * columns` values.
-    pub fn int8(values: &[f32], rows: usize, columns: usize) -> Self {
-        assert_eq!(values.len(), rows * columns, "a whole matrix. This is a bug.");
-        Self { rows, columns, data: Data::Int8(Int8::pack(values)) }
+    /// The values that eight bits leave of it, or of what it is `turned`.
+    #[must_use]
+    pub fn int8(&self, turned: bool) -> Self {
+        let pack = |count| Int8::pack(count, |first, out| self.values(first, turned, out));
+        self.packed(turned, |count| Data::Int8(pack(count)))
+    }
+
+    fn packed(&self, turned: bool, pack: impl Fn(usize) -> Data) -> Self {
+        let (rows, columns) = if turned { (self.columns, self.rows) } else { (self.rows, self.columns) };
+        Self { rows, columns, data: pack(rows * columns) }
+    }
+
+    /// Its values from place `first` on, counted row by row through it or what it is turned.
+    fn values(&self, first: usize, turned: bool, out: &mut [f32]) {
+        decoded!(&self.data, |data| {
+            for (at, out) in (first..).zip(out) {
+                let at = if turned { at % self.rows * self.columns + at / self.rows } else { at };
+                *out = data.value(at);
+            }
+        });
     }
 
     /// What a quantised matrix mostly is: the codes of its values.
@@ -171,8 +182,7 @@ impl Matrix {
 
     /// All values of a row.
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        let from = row * self.columns;
-        decoded!(&self.data, |data| copy(data, from, out));
+        self.values(row * self.columns, false, out);
     }
 
     /// Writes strips of sixteen results from `first` on, a line for each step of the depth from `start` on; zero
@@ -191,11 +201,5 @@ impl Matrix {
     /// Writes the products of `few` rows with its rows `results` (see [`few::dots`]).
     pub(super) fn dots(&self, results: Range<usize>, few: Few, start: Start, out: &Out) {
         decoded!(&self.data, |data| few::dots(data, results, few, start, out));
-    }
-}
-
-fn copy(data: &impl Decode, from: usize, out: &mut [f32]) {
-    for (i, out) in out.iter_mut().enumerate() {
-        *out = data.value(from + i);
     }
 }

@@ -377,9 +377,10 @@ mod tests {
     fn however_values_are_stored_they_are_multiplied_as_they_are_read() {
         for (n, k) in [(5, 64), (9, 96), (70, 50), (20, 208), (3, 17)] {
             let w = values(n * k, 2);
+            let floats = Matrix::floats(&w, n, k);
             let f16: Vec<u8> = w.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
             let f16 = Matrix::stored(f16.into(), super::super::matrix::Stored::F16, n, k);
-            for matrix in [Matrix::nf4(&w, n, k), Matrix::int8(&w, n, k), f16] {
+            for matrix in [floats.nf4(false), floats.int8(false), f16] {
                 let mut read = vec![0.0; n * k];
                 read.chunks_mut(k).enumerate().for_each(|(i, row)| matrix.row(i, row));
                 for (m, side) in [(1, Side::Rows), (7, Side::Rows), (40, Side::Rows), (40, Side::Columns)] {

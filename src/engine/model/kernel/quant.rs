@@ -53,18 +53,15 @@ pub(super) struct Scales {
 }
 
 impl Nf4 {
-    pub fn pack(weights: &[f32]) -> Self {
-        let maxima: Vec<f32> = weights.par_chunks(BLOCK).map(absolute_maximum).collect();
-        let blocks = weights.par_chunks(BLOCK).zip(&maxima);
-        let codes: Vec<u8> = blocks
-            .flat_map_iter(|(block, maximum)| {
-                let inverse = if *maximum > 0.0 { 1.0 / maximum } else { 0.0 };
-                block.chunks(2).map(move |pair| {
-                    let low = pair.get(1).map_or(0, |w| nearest_nf4(w * inverse));
-                    nearest_nf4(pair[0] * inverse) << 4 | low
-                })
-            })
-            .collect();
+    /// Packs `count` values; `values(first, out)` gives those from `first` on.
+    pub fn pack(count: usize, values: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        let (codes, maxima) = packed(count, 2, values, |block, maximum, codes| {
+            let inverse = if maximum > 0.0 { 1.0 / maximum } else { 0.0 };
+            for (pair, code) in block.chunks(2).zip(codes) {
+                let low = pair.get(1).map_or(0, |w| nearest_nf4(w * inverse));
+                *code = nearest_nf4(pair[0] * inverse) << 4 | low;
+            }
+        });
         Self { codes: codes.into(), scales: Arc::new(Scales::pack(&maxima)) }
     }
 }
@@ -196,17 +193,43 @@ fn pairs_across(data: &impl Decode, at: usize) -> __m512i {
 }
 
 impl Int8 {
-    pub fn pack(weights: &[f32]) -> Self {
-        let maxima: Vec<f32> = weights.par_chunks(BLOCK).map(absolute_maximum).collect();
-        let blocks = weights.par_chunks(BLOCK).zip(&maxima);
-        let codes: Vec<u8> = blocks
-            .flat_map_iter(|(block, maximum)| {
-                let inverse = if *maximum > 0.0 { 127.0 / maximum } else { 0.0 };
-                block.iter().map(move |w| ((w * inverse).round() as i8).cast_unsigned())
-            })
-            .collect();
+    /// Packs `count` values; `values(first, out)` gives those from `first` on.
+    pub fn pack(count: usize, values: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        let (codes, maxima) = packed(count, 1, values, |block, maximum, codes| {
+            let inverse = if maximum > 0.0 { 127.0 / maximum } else { 0.0 };
+            for (w, code) in block.iter().zip(codes) {
+                *code = ((w * inverse).round() as i8).cast_unsigned();
+            }
+        });
         Self { codes: codes.into(), scales: maxima.iter().map(|m| m / 127.0).collect() }
     }
+}
+
+/// Values that are unpacked at a time on their way to their codes.
+const PIECE: usize = 64 * BLOCK;
+
+/// The codes of `count` values, so many in a byte, and the absolute maxima of all blocks: `encode(block, maximum,
+/// out)` writes the codes of one block.
+fn packed(
+    count: usize,
+    in_byte: usize,
+    values: impl Fn(usize, &mut [f32]) + Sync,
+    encode: impl Fn(&[f32], f32, &mut [u8]) + Sync,
+) -> (Vec<u8>, Vec<f32>) {
+    let mut codes = vec![0; count.div_ceil(in_byte)];
+    let mut maxima = vec![0.0; count.div_ceil(BLOCK)];
+    let pieces = codes.par_chunks_mut(PIECE / in_byte).zip(maxima.par_chunks_mut(PIECE / BLOCK)).enumerate();
+    pieces.for_each(|(i, (codes, maxima))| {
+        let piece = &mut [0.0; PIECE][..PIECE.min(count - i * PIECE)];
+        values(i * PIECE, piece);
+        for ((block, codes), maximum) in
+            piece.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / in_byte)).zip(maxima)
+        {
+            *maximum = absolute_maximum(block);
+            encode(block, *maximum, codes);
+        }
+    });
+    (codes, maxima)
 }
 
 #[allow(clippy::inline_always)]
@@ -343,28 +366,41 @@ mod tests {
     #[test]
     fn nf4_keeps_normal_weights_to_the_error_the_format_has() {
         let weights = normal(1 << 16);
-        let error = relative_error(&Matrix::nf4(&weights, 256, 256), &weights);
+        let error = relative_error(&Matrix::floats(&weights, 256, 256).nf4(false), &weights);
         assert!((0.085..0.097).contains(&error), "{error}");
     }
 
     #[test]
     fn int8_is_an_order_closer() {
         let weights = normal(1 << 16);
-        let error = relative_error(&Matrix::int8(&weights, 256, 256), &weights);
+        let error = relative_error(&Matrix::floats(&weights, 256, 256).int8(false), &weights);
         assert!(error < 0.01, "{error}");
     }
 
     #[test]
     fn levels_come_back_as_they_were_and_odd_sizes_work() {
         let weights: Vec<f32> = NF4.iter().cycle().take(64 * 3 + 5).copied().collect();
-        let unpacked = values(&Matrix::nf4(&weights, 1, weights.len()));
+        let unpacked = values(&Matrix::floats(&weights, 1, weights.len()).nf4(false));
         // The last block's maximum is below 1 and moves the mean of the scales a little.
         for (got, want) in unpacked.iter().zip(&weights).take(64 * 3) {
             assert!((got - want).abs() < 0.01, "{got} {want}");
         }
         let zeros = vec![0.0; 100];
-        assert_eq!(values(&Matrix::nf4(&zeros, 10, 10)), zeros);
-        assert_eq!(values(&Matrix::int8(&zeros, 10, 10)), zeros);
+        let matrix = Matrix::floats(&zeros, 10, 10);
+        assert_eq!(values(&matrix.nf4(false)), zeros);
+        assert_eq!(values(&matrix.int8(false)), zeros);
+    }
+
+    #[test]
+    fn a_matrix_stored_turned_is_quantised_as_the_one_it_stands_for() {
+        // More than a piece, and no whole number of blocks in a row or in all.
+        let (rows, columns) = (77, 131);
+        let weights = normal(rows * columns);
+        let turned: Vec<f32> = (0..rows * columns).map(|i| weights[i % rows * columns + i / rows]).collect();
+        let straight = Matrix::floats(&weights, rows, columns);
+        let turned = Matrix::floats(&turned, columns, rows);
+        assert_eq!(values(&turned.nf4(true)), values(&straight.nf4(false)));
+        assert_eq!(values(&turned.int8(true)), values(&straight.int8(false)));
     }
 
     #[test]

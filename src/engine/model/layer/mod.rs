@@ -93,63 +93,15 @@ impl Layer {
     /// Reads layer `index` of a checkpoint.
     pub fn load(checkpoint: &Checkpoint, index: usize, compute: &Compute) -> Result<Self> {
         let config = checkpoint.config();
-        let weight = |i: usize| {
-            let linear = config.linears(index)[i];
-            let name = format!("{}.weight", config.in_layer(index, linear.name));
-            Weight::load(checkpoint, &name, (linear.outputs, linear.inputs), compute)
-        };
-        Self::with_weights(checkpoint, index, compute, weight)
-    }
-
-    /// Reads layer `index` with the values that `bits` bits leave its linear layers.
-    pub fn quantised(
-        checkpoint: &Checkpoint,
-        index: usize,
-        bits: BaseBits,
-        compute: &Compute,
-    ) -> Result<Self> {
-        let config = checkpoint.config();
-        Self::with_weights(checkpoint, index, compute, |i| {
-            let linear = config.linears(index)[i];
-            let name = format!("{}.weight", config.in_layer(index, linear.name));
-            let shape = (linear.outputs, linear.inputs);
-            Weight::quantised(&checkpoint.linear_values(&name, shape)?, shape, bits, compute)
-        })
-    }
-
-    /// The same layer with the codes of its quantised weights in a file, of which the map is given.
-    pub fn spilled(mut self, memory: &Memory) -> Result<(Self, Map)> {
-        let file = memory.spill_file()?;
-        let mut places = Vec::new();
-        let mut end = 0;
-        for codes in self.linears.iter().map(|linear| linear.weight.codes()) {
-            let codes = codes.map_or(&[][..], |codes| codes);
-            file.write_all_at(codes, end as u64)?;
-            places.push(end..end + codes.len());
-            end += codes.len();
-        }
-        let map = Map::open(&file)?;
-        for (linear, place) in self.linears.iter_mut().zip(places) {
-            linear.weight = linear.weight.with_codes(map.bytes(place));
-        }
-        Ok((self, map))
-    }
-
-    /// Reads norms and biases of layer `index`; `weight(i)` gives the weight of linear layer `i`.
-    fn with_weights(
-        checkpoint: &Checkpoint,
-        index: usize,
-        compute: &Compute,
-        weight: impl Fn(usize) -> Result<Weight>,
-    ) -> Result<Self> {
-        let config = checkpoint.config();
         let mut linears = Vec::new();
-        for (i, linear) in config.linears(index).iter().enumerate() {
-            let bias = format!("{}.bias", config.in_layer(index, linear.name));
+        for linear in config.linears(index) {
+            let name = config.in_layer(index, linear.name);
+            let weight = format!("{name}.weight");
+            let bias = format!("{name}.bias");
             let bias = linear.bias.then(|| checkpoint.tensor(&bias, compute.dtype, &compute.device));
             linears.push(Linear {
                 role: linear.role,
-                weight: weight(i)?,
+                weight: Weight::load(checkpoint, &weight, (linear.outputs, linear.inputs), compute)?,
                 bias: bias.transpose()?,
                 adapter: None,
             });
@@ -170,6 +122,33 @@ impl Layer {
             native: compute.native() && !sparse,
             shape: Shape::of(config, index),
         })
+    }
+    /// The same layer with the values that `bits` bits leave its linear layers; `done(i)` hears that the weight
+    /// of linear layer `i` was read.
+    pub fn quantised(mut self, bits: BaseBits, compute: &Compute, done: impl Fn(usize)) -> Result<Self> {
+        for (i, linear) in self.linears.iter_mut().enumerate() {
+            linear.weight = linear.weight.quantised(bits, compute)?;
+            done(i);
+        }
+        Ok(self)
+    }
+
+    /// The same layer with the codes of its quantised weights in a file, of which the map is given.
+    pub fn spilled(mut self, memory: &Memory) -> Result<(Self, Map)> {
+        let file = memory.spill_file()?;
+        let mut places = Vec::new();
+        let mut end = 0;
+        for codes in self.linears.iter().map(|linear| linear.weight.codes()) {
+            let codes = codes.map_or(&[][..], |codes| codes);
+            file.write_all_at(codes, end as u64)?;
+            places.push(end..end + codes.len());
+            end += codes.len();
+        }
+        let map = Map::open(&file)?;
+        for (linear, place) in self.linears.iter_mut().zip(places) {
+            linear.weight = linear.weight.with_codes(map.bytes(place));
+        }
+        Ok((self, map))
     }
 
     /// The same layer with these adapters on its linear layers, in their order.
