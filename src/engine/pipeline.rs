@@ -11,7 +11,7 @@ use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
 use super::report::{Findings, page, plots};
-use super::select::{Oracle, Oracles};
+use super::select::{Measured, Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
 use crate::job::progress::{Observer, Stage};
@@ -198,10 +198,10 @@ impl Run<'_> {
         let singles: Vec<Vec<u32>> = (0..self.base.config().layer_count as u32).map(|l| vec![l]).collect();
         let total = singles.len() as u64;
         let mut tell = |done: usize| cx.advanced("leaving out each layer", done as u64, total, "layers");
-        let damages = oracle.measure(&singles, oracle.windows(), &mut tell)?;
+        let measured = oracle.measure(&singles, oracle.windows(), &mut tell)?;
         let zones = &self.local.calibration.zones;
-        let layer = |damage: f64| Ablation { damage, stderr: 0.0, zone: Zone::of(damage, zones) };
-        Ok(damages.into_iter().map(layer).collect())
+        let layer = |Measured { damage, stderr }| Ablation { damage, stderr, zone: Zone::of(damage, zones) };
+        Ok(measured.into_iter().map(layer).collect())
     }
 
     /// What measured damage depends on.

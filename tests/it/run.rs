@@ -208,6 +208,7 @@ fn a_profile_with_ablation_tells_how_much_each_layer_is_missed() {
     assert_eq!(profile.ablation.len(), 6);
     for (layer, ablation) in profile.ablation.iter().enumerate() {
         assert_eq!(ablation.damage.abs() < 1e-5, layer == 3, "{layer}: {ablation:?}");
+        assert_eq!(ablation.stderr < 1e-6, layer == 3, "{layer}: {ablation:?}");
         assert_eq!(ablation.zone, Zone::of(ablation.damage, &spec_zones(1e-4, 1e-5)));
     }
     assert_eq!(profile.ablation[3].zone, Zone::Redundant);

@@ -36,12 +36,13 @@ impl Squeezed {
     }
 }
 
-/// Damage of leaving out each layer by itself, by zone.
+/// Damage of leaving out each layer by itself, by zone, with two standard errors to either side.
 pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelection) -> Figure {
     let scale = Squeezed { unit: zones.redundant.abs().max(1e-3) };
     let heights: Vec<f64> = profile.ablation.iter().map(|a| scale.at(a.damage)).collect();
-    let high = heights.iter().copied().chain([scale.at(zones.needed)]).fold(0.0, f64::max);
-    let low = heights.iter().copied().fold(0.0, f64::min);
+    let error = |errors: f64| profile.ablation.iter().map(move |a| scale.at(a.damage + errors * a.stderr));
+    let high = error(2.0).chain([scale.at(zones.needed)]).fold(0.0, f64::max);
+    let low = error(-2.0).fold(0.0, f64::min);
     let margin = (high - low) * 0.05;
     // Room above the bars for what the colours mean.
     let (low, high) = (if low < 0.0 { low - margin } else { low }, high + 4.0 * margin);
@@ -60,11 +61,16 @@ pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelec
         let class = zone_name(ablation.zone);
         plot.add(&format!(
             "<rect class='{class}' x='{left:.1}' y='{top:.1}' width='{:.1}' height='{:.1}'>\
-             <title>layer {layer}: {:.4} nats per token, {class}</title></rect>",
+             <title>layer {layer}: {:.4} ± {:.4} nats per token, {class}</title></rect>",
             right - left,
             (bottom - top).max(1.0),
-            ablation.damage
+            ablation.damage,
+            ablation.stderr
         ));
+        if ablation.stderr > 0.0 {
+            let reach = 2.0 * ablation.stderr;
+            plot.error_bar(x, scale.at(ablation.damage - reach), scale.at(ablation.damage + reach));
+        }
         if selection.dropped.contains(&(layer as u32)) {
             plot.add(&format!(
                 "<rect class='gone' x='{left:.1}' y='{:.1}' width='{:.1}' height='5'/>",
@@ -84,7 +90,7 @@ pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelec
         ));
     }
     zone_key(&mut plot, profile);
-    plot.figure("criticality", "Damage of leaving out one layer, by zone")
+    plot.figure("criticality", "Damage of leaving out one layer, by zone, with two standard errors")
 }
 
 fn zone_key(plot: &mut Plot, profile: &LayerProfile) {
@@ -150,8 +156,8 @@ pub fn strategies(compared: &[Compared], measure: DamageMeasure) -> Figure {
         plot.line(&look(i), strategy.path.iter().map(point));
         for step in &strategy.path {
             let (x, y) = (plot.px(point(step).0), plot.py(point(step).1));
-            let what =
-                format!("{}, {} layers: {:.4}", strategy.strategy.name(), step.dropped.len(), step.damage);
+            let name = strategy.strategy.name();
+            let what = format!("{name}, {} layers: {:.4} ± {:.4}", step.dropped.len(), step.damage, step.stderr);
             plot.add(&sign(i, x, y, &what));
         }
         if let Some(last) = strategy.path.last() {

@@ -182,14 +182,14 @@ fn choice(out: &mut String, report: &Report) {
         out,
         &format!(
             "<section class='words'><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, before any \
-             healing: 0.1 is a tenth more perplexity.</p>",
+             healing: 0.1 is a tenth more perplexity. Behind ± stands its standard error over windows.</p>",
             selection.strategy.name()
         ),
     );
     if !selection.considered.is_empty() {
         let row = |c: &Considered| {
             let strategies: Vec<&str> = c.strategies.iter().map(|s| s.name()).collect();
-            vec![strategies.join(", "), runs_text(&c.dropped), damage_text(c.damage), c.why.clone()]
+            vec![strategies.join(", "), runs_text(&c.dropped), damage_text(c.damage, c.stderr), c.why.clone()]
         };
         let rows: Vec<Vec<String>> = selection.considered.iter().map(row).collect();
         table(out, &["cut of", "layers", "damage", "why"], &rows);
@@ -208,15 +208,16 @@ fn choice(out: &mut String, report: &Report) {
             0 => "nothing".to_owned(),
             sets => format!("{sets} cuts, {} tokens", amount(c.cost.tokens as f64)),
         };
-        vec![c.strategy.name().into(), runs_text(&c.dropped), damage_text(c.damage), cost, searched.into()]
+        let damage = damage_text(c.damage, c.stderr);
+        vec![c.strategy.name().into(), runs_text(&c.dropped), damage, cost, searched.into()]
     };
     let rows: Vec<Vec<String>> = selection.compared.iter().map(row).collect();
     table(out, &["strategy", "layers", "damage", "measured to choose", "search"], &rows);
     put(out, "</section>");
 }
 
-fn damage_text(damage: Option<f64>) -> String {
-    damage.map_or("–".into(), |d| format!("{d:.4}"))
+fn damage_text(damage: Option<f64>, stderr: f64) -> String {
+    damage.map_or("–".into(), |d| format!("{d:.4} ± {stderr:.4}"))
 }
 
 fn criticality_figure(out: &mut String, report: &Report) {
@@ -228,14 +229,16 @@ fn criticality_figure(out: &mut String, report: &Report) {
     figure(
         out,
         &criticality(profile, zones, &report.selection),
-        "Each layer left out by itself. The scale is straight near zero and logarithmic above.",
+        "Each layer left out by itself, with two standard errors over windows. The scale is straight near zero and \
+         logarithmic above.",
     );
     let row = |(layer, a): (usize, &Ablation)| {
         let cut = if report.selection.dropped.contains(&(layer as u32)) { "cut" } else { "" };
-        vec![layer.to_string(), format!("{:.4}", a.damage), zone_name(a.zone).into(), cut.into()]
+        let (damage, stderr) = (format!("{:.4}", a.damage), format!("{:.4}", a.stderr));
+        vec![layer.to_string(), damage, stderr, zone_name(a.zone).into(), cut.into()]
     };
     let rows: Vec<Vec<String>> = profile.ablation.iter().enumerate().map(row).collect();
-    details(out, "The damages as a table", &["layer", "damage", "zone", ""], &rows);
+    details(out, "The damages as a table", &["layer", "damage", "standard error", "zone", ""], &rows);
     put(out, "</section>");
 }
 
