@@ -106,16 +106,22 @@ impl Run<'_> {
             cx.note("layers with experts are computed by candle, not by our own kernels, and several times slower");
         }
         let spec = self.local;
-        let heal =
-            spec.heal.iter().map(|HealMethod::Qlora(q)| (&q.corpus, self.heal_seq_len(q), Purpose::Heal));
-        let eval = spec.eval.perplexity.iter().map(|c| (c, self.eval_seq_len(), Purpose::Eval));
-        let calibration = (&spec.calibration.corpus, self.calibration_seq_len(), Purpose::Calibration);
+        let some = |seq_len, purpose| Wanted {
+            seq_len,
+            at_most: None,
+            insisted_by: None,
+            purpose,
+            seed: spec.seed,
+        };
+        let heal = spec.heal.iter();
+        let heal = heal.map(|HealMethod::Qlora(q)| (&q.corpus, some(self.heal_seq_len(q), Purpose::Heal)));
+        let eval = spec.eval.perplexity.iter().map(|c| (c, some(self.eval_seq_len(), Purpose::Eval)));
         let measured = spec.prune.measures_damage() || spec.calibration.ablation;
-        let damage = measured.then(|| (self.damage_corpus(), self.damage_seq_len(), Purpose::Calibration));
-        for (corpus, seq_len, purpose) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
+        let damage = measured.then(|| (self.damage_corpus(), self.damage_wanted()));
+        let calibration = (&spec.calibration.corpus, self.calibration_wanted());
+        for (corpus, wanted) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
             if !matches!(corpus, Corpus::Model { .. }) {
-                let first = Wanted { seq_len, at_most: Some(1), purpose, seed: spec.seed };
-                data::windows(corpus, &first, self.base, self.cx(Stage::Profile))?;
+                data::windows(corpus, &wanted.to_check(), self.base, self.cx(Stage::Profile))?;
             }
         }
         for task in spec.eval.tasks.iter().chain(&spec.prune.damage.tasks) {
@@ -146,13 +152,7 @@ impl Run<'_> {
             if seq_len < spec.seq_len as usize {
                 cx.note(format!("windows have {seq_len} tokens, which is all the model can take"));
             }
-            let wanted = Wanted {
-                seq_len,
-                at_most: Some(spec.samples as usize),
-                purpose: Purpose::Calibration,
-                seed: self.local.seed,
-            };
-            let windows = data::windows(&spec.corpus, &wanted, self.base, cx)?;
+            let windows = data::windows(&spec.corpus, &self.calibration_wanted(), self.base, cx)?;
             let mut profile =
                 profile::profile(self.base, &windows.ids, spec, self.dropped_at_most() as usize, cx)?;
             if spec.ablation {
@@ -221,15 +221,8 @@ impl Run<'_> {
     }
 
     fn damage<'a>(&self, cx: Cx<'a>) -> Result<Damage<'a>> {
-        let spec = &self.local.prune.damage;
-        let wanted = Wanted {
-            seq_len: self.damage_seq_len(),
-            at_most: Some(spec.samples as usize),
-            purpose: Purpose::Calibration,
-            seed: self.local.seed,
-        };
-        let windows = data::windows(self.damage_corpus(), &wanted, self.base, cx)?;
-        Damage::open(self.base, windows.ids, spec, cx)
+        let windows = data::windows(self.damage_corpus(), &self.damage_wanted(), self.base, cx)?;
+        Damage::open(self.base, windows.ids, &self.local.prune.damage, cx)
     }
 
     fn accuracy<'a>(&self, cx: Cx<'a>) -> Result<Accuracy<'a>> {
@@ -286,8 +279,13 @@ impl Run<'_> {
         });
         let recorded = workspace.once(cx, &inputs, |scratch| {
             let mut windows = |corpus: &Corpus, seq_len: usize, count: usize| {
-                let wanted =
-                    Wanted { seq_len, at_most: Some(count), purpose: Purpose::Heal, seed: self.local.seed };
+                let wanted = Wanted {
+                    seq_len,
+                    at_most: Some(count),
+                    insisted_by: None,
+                    purpose: Purpose::Heal,
+                    seed: self.local.seed,
+                };
                 Ok(data::windows(corpus, &wanted, self.base, cx)?.ids)
             };
             heal::heal(&wound, &mut windows, workspace, scratch, cx)
@@ -365,6 +363,28 @@ impl Run<'_> {
 
     fn calibration_seq_len(&self) -> usize {
         (self.local.calibration.seq_len as usize).min(self.base.config().max_position_embeddings)
+    }
+
+    fn calibration_wanted(&self) -> Wanted {
+        let spec = &self.local.calibration;
+        Wanted {
+            seq_len: self.calibration_seq_len(),
+            at_most: Some(spec.samples as usize),
+            insisted_by: spec.insists_on_samples().then_some("calibration.samples"),
+            purpose: Purpose::Calibration,
+            seed: self.local.seed,
+        }
+    }
+
+    fn damage_wanted(&self) -> Wanted {
+        let spec = &self.local.prune.damage;
+        Wanted {
+            seq_len: self.damage_seq_len(),
+            at_most: Some(spec.samples as usize),
+            insisted_by: spec.insists_on_samples().then_some("prune.damage.samples"),
+            purpose: Purpose::Calibration,
+            seed: self.local.seed,
+        }
     }
 
     fn damage_corpus(&self) -> &Corpus {
