@@ -306,8 +306,7 @@ impl Oracle for Accuracy<'_> {
     ) -> Result<Vec<Measured>> {
         let mut tell = in_sets(sets.len(), self.ends[windows - 1], tell);
         let known = self.intact.get(&windows).cloned();
-        let (intact, lost) =
-            beside_intact(known, sets, |sets| self.right_answers(sets, windows, &mut tell))?;
+        let (intact, lost) = beside_intact(known, sets, |sets| self.right_answers(sets, windows, &mut tell))?;
         self.intact.insert(windows, intact);
         let items = vec![1.0; windows];
         Ok(lost.iter().map(|lost| over_windows(lost, &items)).collect())

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::damage::{Accuracy, Damage};
-use super::data::{self, Purpose, Wanted, items};
+use super::data::{self, Purpose, Wanted, Windows, items};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
@@ -106,13 +106,8 @@ impl Run<'_> {
             cx.note("layers with experts are computed by candle, not by our own kernels, and several times slower");
         }
         let spec = self.local;
-        let some = |seq_len, purpose| Wanted {
-            seq_len,
-            at_most: None,
-            insisted_by: None,
-            purpose,
-            seed: spec.seed,
-        };
+        let some =
+            |seq_len, purpose| Wanted { seq_len, at_most: None, insisted_by: None, purpose, seed: spec.seed };
         let heal = spec.heal.iter();
         let heal = heal.map(|HealMethod::Qlora(q)| (&q.corpus, some(self.heal_seq_len(q), Purpose::Heal)));
         let eval = spec.eval.perplexity.iter().map(|c| (c, some(self.eval_seq_len(), Purpose::Eval)));
@@ -152,11 +147,12 @@ impl Run<'_> {
             if seq_len < spec.seq_len as usize {
                 cx.note(format!("windows have {seq_len} tokens, which is all the model can take"));
             }
-            let windows = data::windows(&spec.corpus, &self.calibration_wanted(), self.base, cx)?;
+            let wanted = self.calibration_wanted();
+            let windows = self.windows(workspace, model_digest, &spec.corpus, &wanted, cx)?;
             let mut profile =
                 profile::profile(self.base, &windows.ids, spec, self.dropped_at_most() as usize, cx)?;
             if spec.ablation {
-                profile.ablation = self.ablation(cx)?;
+                profile.ablation = self.ablation(workspace, model_digest, cx)?;
             }
             Ok((profile, Vec::new()))
         })
@@ -179,7 +175,7 @@ impl Run<'_> {
             "measured": if damage || accuracy { Some(self.damage_inputs(model_digest)?) } else { None },
         });
         workspace.once(cx, &inputs, |_| {
-            let mut damage = if damage { Some(self.damage(cx)?) } else { None };
+            let mut damage = if damage { Some(self.damage(workspace, model_digest, cx)?) } else { None };
             let mut accuracy = if accuracy { Some(self.accuracy(cx)?) } else { None };
             let oracles = Oracles {
                 damage: damage.as_mut().map(|oracle| oracle as &mut dyn Oracle),
@@ -192,9 +188,32 @@ impl Run<'_> {
         })
     }
 
+    /// Windows of `corpus`. What the model writes itself, in minutes where it is large, is kept in the workspace.
+    fn windows(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        corpus: &Corpus,
+        wanted: &Wanted,
+        cx: Cx,
+    ) -> Result<Windows> {
+        let find = || data::windows(corpus, wanted, self.base, cx);
+        let Corpus::Model { tokens } = corpus else { return find() };
+        let inputs = json!({
+            "model": model_digest,
+            "compute": self.compute.name(),
+            "seed": wanted.seed,
+            "purpose": wanted.purpose,
+            "seq_len": wanted.seq_len,
+            "at_most": wanted.at_most,
+            "tokens": tokens,
+        });
+        workspace.kept("text", &inputs, find)
+    }
+
     /// The damage of leaving out each layer by itself.
-    fn ablation(&self, cx: Cx) -> Result<Vec<Ablation>> {
-        let mut oracle = self.damage(cx)?;
+    fn ablation(&self, workspace: &Workspace, model_digest: &str, cx: Cx) -> Result<Vec<Ablation>> {
+        let mut oracle = self.damage(workspace, model_digest, cx)?;
         let singles: Vec<Vec<u32>> = (0..self.base.config().layer_count as u32).map(|l| vec![l]).collect();
         let total = singles.len() as u64;
         let mut tell = |done: usize| cx.advanced("leaving out each layer", done as u64, total, "layers");
@@ -220,8 +239,9 @@ impl Run<'_> {
         }))
     }
 
-    fn damage<'a>(&self, cx: Cx<'a>) -> Result<Damage<'a>> {
-        let windows = data::windows(self.damage_corpus(), &self.damage_wanted(), self.base, cx)?;
+    fn damage<'a>(&self, workspace: &Workspace, model_digest: &str, cx: Cx<'a>) -> Result<Damage<'a>> {
+        let (corpus, wanted) = (self.damage_corpus(), self.damage_wanted());
+        let windows = self.windows(workspace, model_digest, corpus, &wanted, cx)?;
         Damage::open(self.base, windows.ids, &self.local.prune.damage, cx)
     }
 

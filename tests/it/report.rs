@@ -190,7 +190,8 @@ fn searched() -> Report {
         let cut = |n: u32| (0..n).map(|i| last - i * (1 + last % 3)).rev().collect::<Vec<u32>>();
         let whole = !matches!(strategy, Strategy::Auto | Strategy::EvolutionaryDamage);
         let counts = if whole { 1..=6 } else { 6..=6 };
-        let path: Vec<Step> = counts.map(|n| Step { damage: damage(&cut(n)), stderr: 0.0321, dropped: cut(n) }).collect();
+        let path: Vec<Step> =
+            counts.map(|n| Step { damage: damage(&cut(n)), stderr: 0.0321, dropped: cut(n) }).collect();
         Compared {
             strategy,
             dropped: cut(6),

@@ -2,7 +2,7 @@
 
 use secateur::engine::select::{Measured, Oracle, Oracles};
 use secateur::engine::{Error, Result};
-use secateur::job::report::{Cost, LayerProfile, LayerSelection, cross_axis};
+use secateur::job::report::{Ablation, Cost, LayerProfile, LayerSelection, Zone, cross_axis};
 use secateur::job::spec::{DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
 
 use crate::support::made_up::profile;
@@ -442,6 +442,25 @@ fn nothing_is_measured_twice_and_no_strategy_pays_for_another() {
         if let [alone] = alone.compared.as_slice() {
             assert_eq!(compared.cost, alone.cost, "{:?}", compared.strategy);
         }
+    }
+}
+
+#[test]
+fn what_ablation_measured_is_not_measured_again_and_changes_nothing() {
+    let mut ablated = flat(10);
+    let zone = Zone::Needed;
+    let single = |l: u32| Ablation { damage: wild(&[l]), stderr: error(wild(&[l])), zone };
+    for strategy in SEARCHES {
+        let spec = spec(strategy, 3, 0, 1);
+        ablated.ablation.clear();
+        let (without, asked) = measured_by(&ablated, &spec, 0, &wild);
+        ablated.ablation = (0..10).map(single).collect();
+        let (with, left) = measured_by(&ablated, &spec, 0, &wild);
+        assert_eq!(with, without, "{strategy:?}: the cost, too");
+        let single = |(set, windows): &(Vec<u32>, usize)| set.len() == 1 && *windows == 16;
+        assert!(!left.iter().any(single), "{strategy:?}");
+        let others = asked.into_iter().filter(|question| !single(question));
+        assert_eq!(left, others.collect::<Vec<_>>(), "{strategy:?}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! Text as token windows: documents joined by a blank line, cut without overlap.
 
+use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
 use super::corpus::{Piece, label, pieces};
@@ -11,7 +12,7 @@ use crate::job::spec::Corpus;
 
 /// What text is for. A model writes another text for each purpose, so that no
 /// checkpoint is judged by the words it was healed on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Purpose {
     Calibration,
     Heal,
@@ -60,7 +61,7 @@ impl Wanted {
 }
 
 /// Token windows and the words they cover.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Windows {
     pub ids: Vec<Vec<u32>>,
     /// Words between white space in the text of the windows.

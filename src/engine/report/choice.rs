@@ -157,7 +157,8 @@ pub fn strategies(compared: &[Compared], measure: DamageMeasure) -> Figure {
         for step in &strategy.path {
             let (x, y) = (plot.px(point(step).0), plot.py(point(step).1));
             let name = strategy.strategy.name();
-            let what = format!("{name}, {} layers: {:.4} ± {:.4}", step.dropped.len(), step.damage, step.stderr);
+            let what =
+                format!("{name}, {} layers: {:.4} ± {:.4}", step.dropped.len(), step.damage, step.stderr);
             plot.add(&sign(i, x, y, &what));
         }
         if let Some(last) = strategy.path.last() {

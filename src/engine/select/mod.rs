@@ -52,7 +52,8 @@ pub struct Oracles<'a> {
 /// Hears the name of a search, the sets it has looked at, and how many they will be at most.
 pub type Tell<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<()>;
 
-/// Chooses the layers to drop.
+/// Chooses the layers to drop. The damage of single layers is not measured again where the profile has it: its ablation
+/// must then have been measured on the windows of `oracles.damage`.
 ///
 /// # Errors
 /// A spec error when the model has too few layers for what is asked, and whatever ends the measuring.
@@ -67,7 +68,7 @@ pub fn select(
         profile,
         spec,
         seed,
-        damage: oracles.damage.map(|oracle| Meter::new(oracle, &spec.damage)),
+        damage: oracles.damage.map(|oracle| Meter::new(oracle, &spec.damage).knowing(&profile.ablation)),
         accuracy: oracles.accuracy.map(|oracle| Meter::new(oracle, &spec.damage)),
     };
     let decided = chooser.run(spec.strategy, tell)?;
