@@ -246,8 +246,8 @@ fn a_search_is_told_in_tables_and_drawn_in_plots() {
         "How much each layer is missed",
         "What the head reads on the way",
         "confidence",
-        "0.3100 ± 0.0456",
-        "± 0.0321",
+        "0.3100\u{a0}±\u{a0}0.0456",
+        "±\u{a0}0.0321",
         "layers 17 to 18, 20 to 22, 24",
     ] {
         assert!(html.contains(told), "{told}");

@@ -82,12 +82,11 @@ pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelec
     for (damage, text) in [(zones.needed, "needed from"), (zones.redundant, "redundant to")] {
         let y = plot.py(scale.at(damage));
         let end = WIDTH - BOUNDS;
-        plot.add(&format!(
-            "<line class='mark' x1='{LEFT}' x2='{end}' y1='{y:.1}' y2='{y:.1}'/><text x='{}' y='{:.1}'>{text} {}</text>",
-            end + 6.0,
-            y + 4.0,
-            tick_text(damage)
-        ));
+        for class in ["halo", "bound"] {
+            plot.line_at(class, (LEFT, y), (end, y));
+        }
+        let (x, y) = (end + 6.0, y + 4.0);
+        plot.add(&format!("<text x='{x}' y='{y:.1}'>{text} {}</text>", tick_text(damage)));
     }
     zone_key(&mut plot, profile);
     plot.figure("criticality", "Damage of leaving out one layer, by zone, with two standard errors")
@@ -212,11 +211,13 @@ fn sign(series: usize, x: f64, y: f64, what: &str) -> String {
 pub fn logit_lens(profile: &LayerProfile) -> Figure {
     let lens = &profile.logit_lens;
     let last = lens.len().saturating_sub(1) as f64;
-    let high = lens.iter().map(|r| r.loss).fold(0.0, f64::max);
     let x_ticks = whole((0.0, last));
-    let mut loss = Plot::new(230.0, (0.0, last), (0.0, high * 1.05));
     let texts = |range| ticks(range).into_iter().map(|t| (t, tick_text(t))).collect::<Vec<_>>();
-    loss.axes_at(&[], &texts((0.0, high * 1.05)), "", "loss, nats per token");
+    // The first seams read hundreds of nats where the last ones read three.
+    let scale = Squeezed { unit: lens.iter().map(|r| r.loss).fold(f64::INFINITY, f64::min).max(0.1) };
+    let range = (0.0, scale.at(lens.iter().map(|r| r.loss).fold(0.0, f64::max)) * 1.05);
+    let mut loss = Plot::new(230.0, (0.0, last), range);
+    loss.axes_at(&[], &scale.ticks(range, range.1 / 8.0), "", "loss, nats per token");
     let mut agreement = Plot::new(230.0, (0.0, last), (0.0, 1.0));
     agreement.axes_at(
         &x_ticks,
@@ -224,13 +225,14 @@ pub fn logit_lens(profile: &LayerProfile) -> Figure {
         "stream entering layer (last: leaving the model)",
         "top-1 agreement",
     );
-    loss.line("curve", lens.iter().enumerate().map(|(l, r)| (l as f64, r.loss)));
+    loss.line("curve", lens.iter().enumerate().map(|(l, r)| (l as f64, scale.at(r.loss))));
     agreement.line("curve", lens.iter().enumerate().map(|(l, r)| (l as f64, r.agreement)));
     for (l, reading) in lens.iter().enumerate() {
-        for (plot, value, name) in
-            [(&mut loss, reading.loss, "nats per token"), (&mut agreement, reading.agreement, "agree")]
-        {
-            let (x, y) = (plot.px(l as f64), plot.py(value));
+        for (plot, value, height, name) in [
+            (&mut loss, reading.loss, scale.at(reading.loss), "nats per token"),
+            (&mut agreement, reading.agreement, reading.agreement, "agree"),
+        ] {
+            let (x, y) = (plot.px(l as f64), plot.py(height));
             plot.add(&format!(
                 "<circle class='dot' cx='{x:.1}' cy='{y:.1}' r='2.5'><title>seam {l}: {value:.4} {name}</title></circle>"
             ));

@@ -16,7 +16,8 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
          <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
          <style>{STYLE}{PLOTS}</style></head><body><main><header><p class='kicker'>{0}</p><h1>{1}</h1>",
         escape(&name),
-        escape(&said[0])
+        // A number and its sign stay on one line.
+        escape(&said[0].replace(" %", "\u{a0}%"))
     );
     for sentence in &said[1..] {
         put(&mut out, &format!("<p>{}</p>", escape(sentence)));
@@ -217,7 +218,7 @@ fn choice(out: &mut String, report: &Report) {
 }
 
 fn damage_text(damage: Option<f64>, stderr: f64) -> String {
-    damage.map_or("–".into(), |d| format!("{d:.4} ± {stderr:.4}"))
+    damage.map_or("–".into(), |d| format!("{d:.4}\u{a0}±\u{a0}{stderr:.4}"))
 }
 
 fn criticality_figure(out: &mut String, report: &Report) {
@@ -251,8 +252,8 @@ fn lens_figure(out: &mut String, report: &Report) {
     figure(
         out,
         &logit_lens(profile),
-        "Final norm and head applied to the stream at every seam: how likely it finds the text, and how often its \
-         likeliest next token is that of the whole model.",
+        "Final norm and head applied to the stream at every seam: how likely it finds the text (logarithmic above the \
+         least loss), and how often its likeliest next token is that of the whole model.",
     );
     let row = |(seam, r): (usize, &LensReading)| {
         vec![seam.to_string(), format!("{:.4}", r.loss), format!("{:.1} %", 100.0 * r.agreement)]
@@ -370,5 +371,5 @@ summary{cursor:pointer;color:var(--soft)}
 code,pre{font:.86rem/1.5 ui-monospace,'DejaVu Sans Mono',Menlo,monospace;overflow-wrap:anywhere}
 pre{background:var(--wash);padding:1rem;overflow-x:auto;white-space:pre-wrap}
 footer{margin-top:3rem;color:var(--soft);font-size:.85rem}
-@media print{:root{--ink:#000;--soft:#444;--paper:#fff;--rule:#bbb;--wash:#f6f6f6}main{max-width:none;padding:0}section,figure{break-inside:avoid}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media print{:root{--ink:#000;--soft:#444;--paper:#fff;--rule:#bbb;--wash:#f6f6f6}main{max-width:none;padding:0}p,figure,table,li{break-inside:avoid}h2,h2+p{break-after:avoid}details:not([open]){display:none}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 ";

@@ -184,8 +184,10 @@ svg text.heading{fill:var(--ink);font-size:15px;font-weight:600}
 .curve{fill:none;stroke:var(--leaf);stroke-width:2.2;stroke-linejoin:round}
 .raw{fill:none;stroke:var(--soft);stroke-width:1;opacity:.55}
 .mark{stroke:var(--accent);stroke-dasharray:4 4}
+.bound{fill:none;stroke:#111;stroke-width:1.2;stroke-dasharray:5 4}
 .dot{fill:var(--accent)}
-.chosen{fill:none;stroke:#e0241b;stroke-width:3}
+.behind{fill:none;stroke:#111;stroke-width:5}
+.chosen{fill:none;stroke:#ff5a4f;stroke-width:2.6}
 .halo{fill:none;stroke:#fff;stroke-width:3;stroke-linejoin:round;opacity:.75}
 .path{fill:none;stroke:#111;stroke-width:1.2;stroke-linejoin:round}
 .least{fill:#111;stroke:#fff;stroke-width:1}
