@@ -5,16 +5,24 @@
 //! `PART` is `forward`, `decode-1`, `decode-64`, `step-16` or `step-4` (bits of the frozen base). One part a
 //! process, so that the peak of its memory is that part's. `benches/peers/run.py` runs it in turn with the same
 //! work in `PyTorch` (`benches/peers/work.py`); `check` must come out alike in both.
+//!
+//! Two more have no peer but one of ours: `profile-last` and `profile-mean` send the same tokens through the model as
+//! `forward`; `greedy` measures the sets of a search together, `greedy-apart` each from the first layer on.
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::Tensor;
+use secateur::engine::damage::Damage;
 use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
 use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
+use secateur::engine::profile::profile;
+use secateur::engine::select::{Measured, Oracle, Oracles, select};
+use secateur::engine::{Cx, Result};
 use secateur::job::preset::QloraSettings;
-use secateur::job::spec::{BaseBits, Preset, QloraSpec};
+use secateur::job::progress::{Event, Observer, Stage};
+use secateur::job::spec::{BaseBits, CalibrationSpec, Preset, PruneSpec, QloraSpec, TokenPosition};
 use serde_json::json;
 
 /// Tokens that a sequence has grown by when its decoding is timed to the end.
@@ -42,6 +50,10 @@ fn measure() {
         "decode-64" => decode(&checkpoint, &compute, 64),
         "step-16" => step(&checkpoint, &compute, BaseBits::Sixteen),
         "step-4" => step(&checkpoint, &compute, BaseBits::Four),
+        "profile-last" => profiled(&checkpoint, &compute, TokenPosition::Last),
+        "profile-mean" => profiled(&checkpoint, &compute, TokenPosition::Mean),
+        "greedy" => greedy(&checkpoint, &compute, false),
+        "greedy-apart" => greedy(&checkpoint, &compute, true),
         _ => panic!("no part {part}"),
     };
     report(&compute, repeats, work);
@@ -73,6 +85,64 @@ fn forward(checkpoint: &Checkpoint, compute: &Compute) -> Work<'static> {
     let tokens = Batch::of(&batch);
     let run = move || greatest(&decoder, &decoder.forward(&tokens).unwrap());
     Work { tokens: 4 * 512, run: Box::new(run) }
+}
+
+struct Deaf;
+
+impl Observer for Deaf {
+    fn event(&self, _: Event) {}
+
+    fn stop(&self) -> bool {
+        false
+    }
+}
+
+/// All blocks of all lengths, from the tokens of [`forward`].
+fn profiled<'a>(checkpoint: &'a Checkpoint, compute: &'a Compute, position: TokenPosition) -> Work<'a> {
+    let windows = windows(checkpoint, 4, 512);
+    let spec = CalibrationSpec { position, ..CalibrationSpec::default() };
+    let cx = Cx { stage: Stage::Profile, compute, observer: &Deaf };
+    let run = move || profile(checkpoint, &windows, &spec, 1, cx).unwrap().by_len[0][0];
+    Work { tokens: 4 * 512, run: Box::new(run) }
+}
+
+/// Measures each set by itself.
+struct Apart<'a>(Damage<'a>);
+
+impl Oracle for Apart<'_> {
+    fn windows(&self) -> usize {
+        self.0.windows()
+    }
+
+    fn tokens(&self, windows: usize) -> u64 {
+        self.0.tokens(windows)
+    }
+
+    fn measure(
+        &mut self,
+        sets: &[Vec<u32>],
+        windows: usize,
+        tell: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Measured>> {
+        let each = sets.iter().map(|set| self.0.measure(std::slice::from_ref(set), windows, tell));
+        Ok(each.collect::<Result<Vec<_>>>()?.concat())
+    }
+}
+
+/// A greedy search for two layers.
+fn greedy<'a>(checkpoint: &'a Checkpoint, compute: &'a Compute, apart: bool) -> Work<'a> {
+    let windows = windows(checkpoint, 2, 128);
+    let spec: PruneSpec =
+        serde_json::from_value(json!({"amount": {"layers": 2}, "strategy": "greedy_damage"})).unwrap();
+    let cx = Cx { stage: Stage::Select, compute, observer: &Deaf };
+    let profile = profile(checkpoint, &windows[..1], &CalibrationSpec::default(), 1, cx).unwrap();
+    let run = move || {
+        let damage = Damage::open(checkpoint, windows.clone(), &spec.damage, cx).unwrap();
+        let mut oracle: Box<dyn Oracle> = if apart { Box::new(Apart(damage)) } else { Box::new(damage) };
+        let oracles = Oracles { damage: Some(&mut *oracle), accuracy: None };
+        select(&profile, &spec, 0, oracles, &mut |_, _, _| Ok(())).unwrap().score
+    };
+    Work { tokens: 2 * 128, run: Box::new(run) }
 }
 
 /// Token by token from nothing, with logits.

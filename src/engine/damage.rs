@@ -10,7 +10,7 @@ use super::data::items::Item;
 use super::eval::loglikelihood::{Likelihood, Request, likelihoods_without, walk};
 use super::eval::tasks;
 use super::model::{Checkpoint, Decoder};
-use super::select::Oracle;
+use super::select::{Measured, Oracle};
 use super::{Cx, Error, Result};
 use crate::job::spec::{DamageMeasure, DamageSpec};
 
@@ -20,8 +20,8 @@ pub struct Damage<'a> {
     requests: Vec<Request>,
     measure: DamageMeasure,
     top_k: usize,
-    /// `loss`: the intact model's loss by number of windows.
-    intact: HashMap<usize, f64>,
+    /// `loss`: the intact model's log-likelihood of each window, by how many went through it together.
+    intact: HashMap<usize, Vec<f64>>,
     /// `kl`: the intact model's predictions, by window.
     predicted: Vec<Vec<Predicted>>,
     cx: Cx<'a>,
@@ -62,39 +62,38 @@ impl<'a> Damage<'a> {
         })
     }
 
-    /// Mean loss per token of the first `windows` windows without each of `sets`.
-    fn losses(
+    /// Log-likelihood of each of the first `windows` windows without each of `sets`.
+    fn likelihoods(
         &self,
         sets: &[&[u32]],
         windows: usize,
         tell: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Vec<f64>>> {
         let requests = &self.requests[..windows];
         let scored = likelihoods_without(&self.decoder, requests, sets, &|| self.cx.check(), tell)?;
-        let tokens = predicted_tokens(requests);
-        let loss = |of: Vec<Likelihood>| -of.iter().map(|s| s.log_likelihood).sum::<f64>() / tokens;
-        Ok(scored.into_iter().map(loss).collect())
+        let of_set = |of: Vec<Likelihood>| of.iter().map(|s| s.log_likelihood).collect();
+        Ok(scored.into_iter().map(of_set).collect())
     }
 
-    /// Mean divergence per token, KL(intact, without each of `sets`), on the first `windows` windows.
+    /// Divergence KL(intact, without each of `sets`) on each of the first `windows` windows, summed over its tokens.
     fn divergences(
         &mut self,
         sets: &[&[u32]],
         windows: usize,
         tell: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Vec<f64>>> {
         self.predict(windows)?;
         let requests = &self.requests[..windows];
-        let mut sums = vec![0.0; sets.len()];
+        let mut sums = vec![vec![0.0; windows]; sets.len()];
         let mut score = |which: &[usize], places: &[(usize, usize)], x: &Tensor| {
             let of = |request: usize, at: usize, row: &[f32]| self.predicted[request][at - 1].divergence(row);
-            let sum: f64 = self.each_place(places, x, of)?.iter().sum();
-            which.iter().for_each(|set| sums[*set] += sum);
+            for ((request, _), divergence) in places.iter().zip(self.each_place(places, x, of)?) {
+                which.iter().for_each(|set| sums[*set][*request] += divergence);
+            }
             Ok(())
         };
         walk(&self.decoder, requests, sets, &|| self.cx.check(), tell, &mut score)?;
-        let tokens = predicted_tokens(requests);
-        Ok(sums.into_iter().map(|sum| sum / tokens).collect())
+        Ok(sums)
     }
 
     /// Has the intact model predict the first `windows` windows, as far as it has not.
@@ -169,25 +168,36 @@ impl Predicted {
     }
 }
 
-/// How many tokens are predicted.
-fn predicted_tokens(requests: &[Request]) -> f64 {
-    requests.iter().map(|r| r.tokens.len() - r.from).sum::<usize>() as f64
+/// Damage and its standard error from what each window lost, of so many tokens (or items) each. Windows may differ
+/// in length, so the mean is a ratio of two sums and its error that of one (Cochran, Sampling Techniques, ch. 6);
+/// where they do not, it is that of the mean of their differences.
+fn over_windows(lost: &[f64], tokens: &[f64]) -> Measured {
+    let (count, all) = (lost.len() as f64, tokens.iter().sum::<f64>());
+    let damage = lost.iter().sum::<f64>() / all;
+    let squares: f64 = lost.iter().zip(tokens).map(|(lost, tokens)| (lost - damage * tokens).powi(2)).sum();
+    let stderr = if count > 1.0 { (squares * count / (count - 1.0)).sqrt() / all } else { 0.0 };
+    Measured { damage, stderr }
 }
 
-/// What `measure` says of the intact model and of each of `sets`: in one walk, unless the first is known.
+/// What `measure` gives each window (the more, the better) with the intact model, and what each of `sets` loses of
+/// it: in one walk, unless the first is known.
 fn beside_intact(
-    known: Option<f64>,
+    known: Option<Vec<f64>>,
     sets: &[Vec<u32>],
-    measure: impl FnOnce(&[&[u32]]) -> Result<Vec<f64>>,
-) -> Result<(f64, Vec<f64>)> {
+    measure: impl FnOnce(&[&[u32]]) -> Result<Vec<Vec<f64>>>,
+) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
     let mut asked: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
-    if let Some(intact) = known {
-        return Ok((intact, measure(&asked)?));
-    }
-    asked.insert(0, &[]);
-    let mut all = measure(&asked)?;
-    let intact = all.remove(0);
-    Ok((intact, all))
+    let (intact, left) = match known {
+        Some(intact) => (intact, measure(&asked)?),
+        None => {
+            asked.insert(0, &[]);
+            let mut all = measure(&asked)?;
+            (all.remove(0), all)
+        }
+    };
+    let lost = |left: Vec<f64>| intact.iter().zip(left).map(|(intact, left)| intact - left).collect();
+    let lost = left.into_iter().map(lost).collect();
+    Ok((intact, lost))
 }
 
 /// Tells of sets done, of requests done for each set.
@@ -214,16 +224,24 @@ impl Oracle for Damage<'_> {
         sets: &[Vec<u32>],
         windows: usize,
         tell: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Measured>> {
         let mut tell = in_sets(sets.len(), windows, tell);
-        if self.measure == DamageMeasure::Kl {
-            let sets: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
-            return self.divergences(&sets, windows, &mut tell);
-        }
-        let known = self.intact.get(&windows).copied();
-        let (intact, losses) = beside_intact(known, sets, |sets| self.losses(sets, windows, &mut tell))?;
-        self.intact.insert(windows, intact);
-        Ok(losses.iter().map(|loss| loss - intact).collect())
+        let lost = match self.measure {
+            DamageMeasure::Kl => {
+                let sets: Vec<&[u32]> = sets.iter().map(Vec::as_slice).collect();
+                self.divergences(&sets, windows, &mut tell)?
+            }
+            DamageMeasure::Loss => {
+                let known = self.intact.get(&windows).cloned();
+                let (intact, lost) =
+                    beside_intact(known, sets, |sets| self.likelihoods(sets, windows, &mut tell))?;
+                self.intact.insert(windows, intact);
+                lost
+            }
+        };
+        let predicted = self.requests[..windows].iter().map(|r| (r.tokens.len() - r.from) as f64);
+        let tokens: Vec<f64> = predicted.collect();
+        Ok(lost.iter().map(|lost| over_windows(lost, &tokens)).collect())
     }
 }
 
@@ -235,7 +253,8 @@ pub struct Accuracy<'a> {
     requests: Vec<Request>,
     /// Requests of the items up to and with each.
     ends: Vec<usize>,
-    intact: HashMap<usize, f64>,
+    /// Right answers (1, else 0) of the intact model, by how many items it was asked together.
+    intact: HashMap<usize, Vec<f64>>,
     cx: Cx<'a>,
 }
 
@@ -252,20 +271,20 @@ impl<'a> Accuracy<'a> {
         Ok(Self { decoder, items, requests, ends, intact: HashMap::new(), cx })
     }
 
-    /// The share of the first `count` items that is answered rightly without each of `sets`.
-    fn accuracies(
+    /// 1 for each of the first `count` items that is answered rightly without each of `sets`, else 0.
+    fn right_answers(
         &self,
         sets: &[&[u32]],
         count: usize,
         tell: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Vec<f64>>> {
         let requests = &self.requests[..self.ends[count - 1]];
         let scored = likelihoods_without(&self.decoder, requests, sets, &|| self.cx.check(), tell)?;
-        let share = |scored: &Vec<Likelihood>| {
+        let right = |scored: &Vec<Likelihood>| {
             let results = tasks::judged(&self.items[..count], scored)?;
-            Ok(results.iter().filter(|result| result.correct).count() as f64 / count as f64)
+            Ok(results.iter().map(|result| f64::from(u8::from(result.correct))).collect())
         };
-        scored.iter().map(share).collect()
+        scored.iter().map(right).collect()
     }
 }
 
@@ -284,11 +303,29 @@ impl Oracle for Accuracy<'_> {
         sets: &[Vec<u32>],
         windows: usize,
         tell: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Measured>> {
         let mut tell = in_sets(sets.len(), self.ends[windows - 1], tell);
-        let known = self.intact.get(&windows).copied();
-        let (intact, left) = beside_intact(known, sets, |sets| self.accuracies(sets, windows, &mut tell))?;
+        let known = self.intact.get(&windows).cloned();
+        let (intact, lost) = beside_intact(known, sets, |sets| self.right_answers(sets, windows, &mut tell))?;
         self.intact.insert(windows, intact);
-        Ok(left.iter().map(|left| intact - left).collect())
+        let items = vec![1.0; windows];
+        Ok(lost.iter().map(|lost| over_windows(lost, &items)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_windows_weigh_more_and_what_is_the_same_everywhere_is_certain() {
+        let same = over_windows(&[0.5, 1.5, 0.25], &[10.0, 30.0, 5.0]);
+        assert!((same.damage - 0.05).abs() < 1e-12 && same.stderr < 1e-12, "{same:?}");
+        // Damages 0.1 and 0.3 per token, the latter on three times as many.
+        let uneven = over_windows(&[1.0, 9.0], &[10.0, 30.0]);
+        assert!((uneven.damage - 0.25).abs() < 1e-12, "{uneven:?}");
+        // Residuals 1 - 2.5 and 9 - 7.5: the root of (1.5² + 1.5²) · 2, over 40 tokens.
+        assert!((uneven.stderr - 3.0 / 40.0).abs() < 1e-12, "{uneven:?}");
+        assert!(over_windows(&[1.0], &[10.0]).stderr.abs() < 1e-12);
     }
 }

@@ -6,12 +6,12 @@ use std::path::Path;
 use serde_json::json;
 
 use super::damage::{Accuracy, Damage};
-use super::data::{self, Purpose, Wanted, items};
+use super::data::{self, Purpose, Wanted, Windows, items};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
 use super::report::{Findings, page, plots};
-use super::select::{Oracle, Oracles};
+use super::select::{Measured, Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
 use crate::job::progress::{Observer, Stage};
@@ -106,16 +106,17 @@ impl Run<'_> {
             cx.note("layers with experts are computed by candle, not by our own kernels, and several times slower");
         }
         let spec = self.local;
-        let heal =
-            spec.heal.iter().map(|HealMethod::Qlora(q)| (&q.corpus, self.heal_seq_len(q), Purpose::Heal));
-        let eval = spec.eval.perplexity.iter().map(|c| (c, self.eval_seq_len(), Purpose::Eval));
-        let calibration = (&spec.calibration.corpus, self.calibration_seq_len(), Purpose::Calibration);
+        let some =
+            |seq_len, purpose| Wanted { seq_len, at_most: None, insisted_by: None, purpose, seed: spec.seed };
+        let heal = spec.heal.iter();
+        let heal = heal.map(|HealMethod::Qlora(q)| (&q.corpus, some(self.heal_seq_len(q), Purpose::Heal)));
+        let eval = spec.eval.perplexity.iter().map(|c| (c, some(self.eval_seq_len(), Purpose::Eval)));
         let measured = spec.prune.measures_damage() || spec.calibration.ablation;
-        let damage = measured.then(|| (self.damage_corpus(), self.damage_seq_len(), Purpose::Calibration));
-        for (corpus, seq_len, purpose) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
+        let damage = measured.then(|| (self.damage_corpus(), self.damage_wanted()));
+        let calibration = (&spec.calibration.corpus, self.calibration_wanted());
+        for (corpus, wanted) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
             if !matches!(corpus, Corpus::Model { .. }) {
-                let first = Wanted { seq_len, at_most: Some(1), purpose, seed: spec.seed };
-                data::windows(corpus, &first, self.base, self.cx(Stage::Profile))?;
+                data::windows(corpus, &wanted.to_check(), self.base, self.cx(Stage::Profile))?;
             }
         }
         for task in spec.eval.tasks.iter().chain(&spec.prune.damage.tasks) {
@@ -146,17 +147,12 @@ impl Run<'_> {
             if seq_len < spec.seq_len as usize {
                 cx.note(format!("windows have {seq_len} tokens, which is all the model can take"));
             }
-            let wanted = Wanted {
-                seq_len,
-                at_most: Some(spec.samples as usize),
-                purpose: Purpose::Calibration,
-                seed: self.local.seed,
-            };
-            let windows = data::windows(&spec.corpus, &wanted, self.base, cx)?;
+            let wanted = self.calibration_wanted();
+            let windows = self.windows(workspace, model_digest, &spec.corpus, &wanted, cx)?;
             let mut profile =
                 profile::profile(self.base, &windows.ids, spec, self.dropped_at_most() as usize, cx)?;
             if spec.ablation {
-                profile.ablation = self.ablation(cx)?;
+                profile.ablation = self.ablation(workspace, model_digest, cx)?;
             }
             Ok((profile, Vec::new()))
         })
@@ -179,7 +175,7 @@ impl Run<'_> {
             "measured": if damage || accuracy { Some(self.damage_inputs(model_digest)?) } else { None },
         });
         workspace.once(cx, &inputs, |_| {
-            let mut damage = if damage { Some(self.damage(cx)?) } else { None };
+            let mut damage = if damage { Some(self.damage(workspace, model_digest, cx)?) } else { None };
             let mut accuracy = if accuracy { Some(self.accuracy(cx)?) } else { None };
             let oracles = Oracles {
                 damage: damage.as_mut().map(|oracle| oracle as &mut dyn Oracle),
@@ -192,16 +188,39 @@ impl Run<'_> {
         })
     }
 
+    /// Windows of `corpus`. What the model writes itself, in minutes where it is large, is kept in the workspace.
+    fn windows(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        corpus: &Corpus,
+        wanted: &Wanted,
+        cx: Cx,
+    ) -> Result<Windows> {
+        let find = || data::windows(corpus, wanted, self.base, cx);
+        let Corpus::Model { tokens } = corpus else { return find() };
+        let inputs = json!({
+            "model": model_digest,
+            "compute": self.compute.name(),
+            "seed": wanted.seed,
+            "purpose": wanted.purpose,
+            "seq_len": wanted.seq_len,
+            "at_most": wanted.at_most,
+            "tokens": tokens,
+        });
+        workspace.kept("text", &inputs, find)
+    }
+
     /// The damage of leaving out each layer by itself.
-    fn ablation(&self, cx: Cx) -> Result<Vec<Ablation>> {
-        let mut oracle = self.damage(cx)?;
+    fn ablation(&self, workspace: &Workspace, model_digest: &str, cx: Cx) -> Result<Vec<Ablation>> {
+        let mut oracle = self.damage(workspace, model_digest, cx)?;
         let singles: Vec<Vec<u32>> = (0..self.base.config().layer_count as u32).map(|l| vec![l]).collect();
         let total = singles.len() as u64;
         let mut tell = |done: usize| cx.advanced("leaving out each layer", done as u64, total, "layers");
-        let damages = oracle.measure(&singles, oracle.windows(), &mut tell)?;
+        let measured = oracle.measure(&singles, oracle.windows(), &mut tell)?;
         let zones = &self.local.calibration.zones;
-        let layer = |damage: f64| Ablation { damage, stderr: 0.0, zone: Zone::of(damage, zones) };
-        Ok(damages.into_iter().map(layer).collect())
+        let layer = |Measured { damage, stderr }| Ablation { damage, stderr, zone: Zone::of(damage, zones) };
+        Ok(measured.into_iter().map(layer).collect())
     }
 
     /// What measured damage depends on.
@@ -220,16 +239,10 @@ impl Run<'_> {
         }))
     }
 
-    fn damage<'a>(&self, cx: Cx<'a>) -> Result<Damage<'a>> {
-        let spec = &self.local.prune.damage;
-        let wanted = Wanted {
-            seq_len: self.damage_seq_len(),
-            at_most: Some(spec.samples as usize),
-            purpose: Purpose::Calibration,
-            seed: self.local.seed,
-        };
-        let windows = data::windows(self.damage_corpus(), &wanted, self.base, cx)?;
-        Damage::open(self.base, windows.ids, spec, cx)
+    fn damage<'a>(&self, workspace: &Workspace, model_digest: &str, cx: Cx<'a>) -> Result<Damage<'a>> {
+        let (corpus, wanted) = (self.damage_corpus(), self.damage_wanted());
+        let windows = self.windows(workspace, model_digest, corpus, &wanted, cx)?;
+        Damage::open(self.base, windows.ids, &self.local.prune.damage, cx)
     }
 
     fn accuracy<'a>(&self, cx: Cx<'a>) -> Result<Accuracy<'a>> {
@@ -286,8 +299,13 @@ impl Run<'_> {
         });
         let recorded = workspace.once(cx, &inputs, |scratch| {
             let mut windows = |corpus: &Corpus, seq_len: usize, count: usize| {
-                let wanted =
-                    Wanted { seq_len, at_most: Some(count), purpose: Purpose::Heal, seed: self.local.seed };
+                let wanted = Wanted {
+                    seq_len,
+                    at_most: Some(count),
+                    insisted_by: None,
+                    purpose: Purpose::Heal,
+                    seed: self.local.seed,
+                };
                 Ok(data::windows(corpus, &wanted, self.base, cx)?.ids)
             };
             heal::heal(&wound, &mut windows, workspace, scratch, cx)
@@ -365,6 +383,28 @@ impl Run<'_> {
 
     fn calibration_seq_len(&self) -> usize {
         (self.local.calibration.seq_len as usize).min(self.base.config().max_position_embeddings)
+    }
+
+    fn calibration_wanted(&self) -> Wanted {
+        let spec = &self.local.calibration;
+        Wanted {
+            seq_len: self.calibration_seq_len(),
+            at_most: Some(spec.samples as usize),
+            insisted_by: spec.insists_on_samples().then_some("calibration.samples"),
+            purpose: Purpose::Calibration,
+            seed: self.local.seed,
+        }
+    }
+
+    fn damage_wanted(&self) -> Wanted {
+        let spec = &self.local.prune.damage;
+        Wanted {
+            seq_len: self.damage_seq_len(),
+            at_most: Some(spec.samples as usize),
+            insisted_by: spec.insists_on_samples().then_some("prune.damage.samples"),
+            purpose: Purpose::Calibration,
+            seed: self.local.seed,
+        }
     }
 
     fn damage_corpus(&self) -> &Corpus {

@@ -21,7 +21,7 @@ use crate::job::report::FailureKind;
 
 /// Part of every input digest: another engine may compute something else. Count
 /// the suffix up when a stage's result changes within a version.
-const ENGINE: &str = concat!(env!("CARGO_PKG_VERSION"), "+3");
+const ENGINE: &str = concat!(env!("CARGO_PKG_VERSION"), "+4");
 
 /// The directory of one run, held by this process alone.
 pub struct Workspace {
@@ -48,6 +48,12 @@ struct Record<T> {
     input_digest: String,
     duration_ms: u64,
     files: BTreeMap<String, String>,
+    value: T,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Kept<T> {
+    input_digest: String,
     value: T,
 }
 
@@ -110,6 +116,27 @@ impl Workspace {
         let duration_ms = started.elapsed().as_millis() as u64;
         cx.observer.event(Event::StageFinished { stage, reused, duration_ms, input_digest });
         Ok(Recorded { value: record.value, files: record.files, reused, duration_ms: record.duration_ms })
+    }
+
+    /// What several stages, or several runs, need made once: kept under `name` for exactly these inputs.
+    ///
+    /// # Errors
+    /// Those of `make`, and a storage error when it cannot be written.
+    pub fn kept<T: Serialize + DeserializeOwned>(
+        &self,
+        name: &str,
+        inputs: &impl Serialize,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let input_digest = digest_of(&(ENGINE, name, inputs))?;
+        let path = self.dir.join(RECORDS).join(format!("{name}-{}.json", &input_digest[..32]));
+        let read = || serde_json::from_slice::<Kept<T>>(&fs::read(&path).ok()?).ok();
+        if let Some(kept) = read().filter(|kept| kept.input_digest == input_digest) {
+            return Ok(kept.value);
+        }
+        let kept = Kept { input_digest, value: make()? };
+        write_atomic(&path, &serde_json::to_vec(&kept).map_err(Error::bug)?)?;
+        Ok(kept.value)
     }
 
     /// A directory to build something in; gone with the next [`Workspace::open`].

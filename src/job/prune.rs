@@ -74,7 +74,7 @@ pub struct DamageSpec {
     /// Text to measure on; the calibration corpus when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub corpus: Option<Corpus>,
-    /// Windows to measure on.
+    /// Windows to measure on. A text that gives fewer is refused; with the default of 16 what it gives is measured.
     pub samples: u32,
     /// Tokens per window; those of the calibration when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,6 +118,15 @@ impl Default for DamageSpec {
             generations: 16,
             tasks: Vec::new(),
         }
+    }
+}
+
+impl DamageSpec {
+    /// Whether text that gives fewer windows than `samples` is to be refused, as in the calibration
+    /// ([`super::spec::CalibrationSpec::insists_on_samples`]).
+    #[must_use]
+    pub fn insists_on_samples(&self) -> bool {
+        self.samples != Self::default().samples
     }
 }
 

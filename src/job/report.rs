@@ -126,7 +126,8 @@ pub struct Contribution {
 pub struct Ablation {
     /// In nats per token, above the intact model.
     pub damage: f64,
-    /// Over windows; 0 where it is not known.
+    /// Standard error of `damage` over windows, each compared with the intact model on the same one; 0 where it is not
+    /// known.
     #[serde(default)]
     pub stderr: f64,
     pub zone: Zone,
@@ -204,6 +205,9 @@ pub struct Considered {
     pub dropped: Vec<u32>,
     /// In nats per token; absent where the budget had ended.
     pub damage: Option<f64>,
+    /// Standard error of `damage` over windows; 0 where it is not known.
+    #[serde(default)]
+    pub stderr: f64,
     pub cost: Cost,
     /// Why it was taken or not, for a person.
     pub why: String,
@@ -217,6 +221,9 @@ pub struct Compared {
     pub dropped: Vec<u32>,
     /// Of `dropped`, in nats per token; absent where damage was not measured.
     pub damage: Option<f64>,
+    /// Standard error of `damage` over windows; 0 where it is not known.
+    #[serde(default)]
+    pub stderr: f64,
     /// The strategy's cuts of fewer layers and their damage, ascending by layers; the last one is `dropped`. Whole
     /// where strategies are compared, else what the search came by.
     pub path: Vec<Step>,
@@ -233,6 +240,9 @@ pub struct Step {
     pub dropped: Vec<u32>,
     /// In nats per token.
     pub damage: f64,
+    /// Standard error of `damage` over windows; 0 where it is not known.
+    #[serde(default)]
+    pub stderr: f64,
 }
 
 /// A checkpoint a stage wrote, named so that a later stage can trust it.

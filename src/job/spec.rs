@@ -128,7 +128,7 @@ impl Default for Corpus {
 #[serde(deny_unknown_fields, default)]
 pub struct CalibrationSpec {
     pub corpus: Corpus,
-    /// Windows to measure on.
+    /// Windows to measure on. A text that gives fewer is refused; with the default of 128 what it gives is measured.
     pub samples: u32,
     /// Tokens per window.
     pub seq_len: u32,
@@ -161,6 +161,16 @@ impl Default for CalibrationSpec {
             zones: Zones::default(),
             logit_lens: false,
         }
+    }
+}
+
+impl CalibrationSpec {
+    /// Whether text that gives fewer windows than `samples` is to be refused. Only the default is nobody's demand.
+    /// The number tells, not whether somebody wrote it: specs are shown, stored and run again with their defaults
+    /// written down, and must mean the same then.
+    #[must_use]
+    pub fn insists_on_samples(&self) -> bool {
+        self.samples != Self::default().samples
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use secateur::job::progress::Event;
 use serde_json::{Value, json};
 
 use crate::support::program::{Bench, stderr};
@@ -56,6 +57,40 @@ fn a_search_that_cannot_work() {
     let corpus = json!({"from": "path", "path": bench.path("short.txt")});
     let short = bench.spec_with("/prune/damage", json!({"corpus": corpus}));
     refused(&bench, &short, 1, &["short.txt", "9 tokens", "seq_len"]);
+}
+
+#[test]
+fn a_text_with_fewer_windows_than_were_asked_for() {
+    let bench = bench();
+    fs::write(bench.path("short.txt"), "word ".repeat(20)).unwrap();
+    let corpus = json!({"from": "path", "path": bench.path("short.txt")});
+    let short = |pointer: &str, more: Value| {
+        let mut spec = bench.spec_with(pointer, json!({"corpus": corpus, "seq_len": 32}));
+        let there = spec.pointer_mut(pointer).unwrap().as_object_mut().unwrap();
+        there.extend(more.as_object().unwrap().clone());
+        spec
+    };
+    for (pointer, setting) in
+        [("/calibration", "calibration.samples"), ("/prune/damage", "prune.damage.samples")]
+    {
+        let spec = short(pointer, json!({"samples": 4}));
+        refused(&bench, &spec, 1, &["short.txt gives 3 windows", &format!("{setting} asks for 4"), "to 3"]);
+    }
+    // Damage that nobody measures needs no text, and the default takes what there is.
+    let mut spec = short("/prune/damage", json!({"samples": 4}));
+    spec["prune"]["strategy"] = json!("block_endpoint");
+    bench.succeed(&spec, "unmeasured", &["--until", "select"]);
+    // Damage is measured on the calibration's text where it has none of its own.
+    for (workspace, spec, notes) in [
+        ("calibration", short("/calibration", json!({})), 2),
+        ("damage", short("/prune/damage", json!({"samples": 16})), 1),
+        ("enough", short("/calibration", json!({"samples": 3})), 1),
+    ] {
+        let told = bench.succeed(&spec, workspace, &["--until", "select"]);
+        let noted =
+            |e: &Event| matches!(e, Event::Noted { message, .. } if message.contains("gives 3 windows"));
+        assert_eq!(told.iter().filter(|e| noted(e)).count(), notes, "{workspace}");
+    }
 }
 
 #[test]

@@ -36,7 +36,7 @@ impl Desk {
     }
 
     fn read(&self, corpus: &Corpus, seq_len: usize, at_most: Option<usize>) -> Result<Windows, String> {
-        let wanted = Wanted { seq_len, at_most, purpose: Purpose::Calibration, seed: 1 };
+        let wanted = Wanted { seq_len, at_most, insisted_by: None, purpose: Purpose::Calibration, seed: 1 };
         windows(corpus, &wanted, &self.base, self.rig.cx(Stage::Profile)).map_err(|e| e.to_string())
     }
 
@@ -124,7 +124,7 @@ fn a_model_writes_another_text_for_every_purpose_and_the_same_for_the_same_seed(
     // Its logits are flat: one whose every token is certain writes one text only.
     let desk = Desk { base: rig.base(&Tiny::mistral()), rig };
     let write = |purpose, seed| {
-        let wanted = Wanted { seq_len: 24, at_most: Some(2), purpose, seed };
+        let wanted = Wanted { seq_len: 24, at_most: Some(2), insisted_by: None, purpose, seed };
         windows(&Corpus::Model { tokens: None }, &wanted, &desk.base, desk.rig.cx(Stage::Eval)).unwrap().ids
     };
     let heal = write(Purpose::Heal, 1);

@@ -6,7 +6,7 @@ use secateur::engine::eval::loglikelihood::{Request, likelihoods};
 use secateur::engine::eval::tasks;
 use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::engine::prune::Cut;
-use secateur::engine::select::Oracle;
+use secateur::engine::select::{Measured, Oracle};
 use secateur::engine::{Error, Result};
 use secateur::job::progress::Stage;
 use secateur::job::spec::{DamageMeasure, DamageSpec};
@@ -21,9 +21,26 @@ fn open<'a>(rig: &'a Rig, base: &Checkpoint, windows: Vec<Vec<u32>>) -> Damage<'
     Damage::open(base, windows, &DamageSpec::default(), rig.cx(Stage::Select)).unwrap()
 }
 
-fn measure(oracle: &mut dyn Oracle, sets: &[&[u32]], windows: usize) -> Vec<f64> {
+fn measured(oracle: &mut dyn Oracle, sets: &[&[u32]], windows: usize) -> Vec<Measured> {
     let sets: Vec<Vec<u32>> = sets.iter().map(|set| set.to_vec()).collect();
     oracle.measure(&sets, windows, &mut |_| Ok(())).unwrap()
+}
+
+fn measure(oracle: &mut dyn Oracle, sets: &[&[u32]], windows: usize) -> Vec<f64> {
+    measured(oracle, sets, windows).into_iter().map(|measured| measured.damage).collect()
+}
+
+/// Mean and standard error as in the textbook.
+fn mean(values: &[f64]) -> Measured {
+    let count = values.len() as f64;
+    let damage = values.iter().sum::<f64>() / count;
+    let spread = values.iter().map(|v| (v - damage).powi(2)).sum::<f64>() / (count - 1.0);
+    Measured { damage, stderr: (spread / count).sqrt() }
+}
+
+fn assert_alike(found: Measured, expected: Measured) {
+    let gaps = [found.damage - expected.damage, found.stderr - expected.stderr];
+    assert!(gaps.iter().all(|gap| gap.abs() < TOLERANCE), "{found:?}, not {expected:?}");
 }
 
 fn cut(rig: &Rig, base: &Checkpoint, dropped: &[u32]) -> Decoder {
@@ -61,6 +78,32 @@ fn damage_is_the_loss_of_the_pruned_checkpoint_above_the_intact_one() {
 }
 
 #[test]
+fn its_standard_error_is_that_of_the_differences_window_by_window() {
+    let rig = Rig::new();
+    let base = rig.base(&Tiny::llama());
+    // Of one length, so that the mean over tokens is the mean over windows.
+    let windows: Vec<Vec<u32>> = windows(9, 32).into_iter().map(|w| w[..16].to_vec()).collect();
+    let intact = Decoder::open(&base, &rig.compute).unwrap();
+    for set in [&[0][..], &[1, 4]] {
+        let without = cut(&rig, &base, set);
+        let each = windows.iter().map(std::slice::from_ref);
+        let each: Vec<f64> = each.map(|w| loss(&rig, &without, w) - loss(&rig, &intact, w)).collect();
+        let found = measured(&mut open(&rig, &base, windows.clone()), &[set], 9)[0];
+        assert!(found.stderr > 100.0 * TOLERANCE, "{found:?}");
+        assert_alike(found, mean(&each));
+        // The divergence is a difference already.
+        let divergence = |windows: &[Vec<u32>]| {
+            let spec = DamageSpec { measure: DamageMeasure::Kl, ..DamageSpec::default() };
+            let mut oracle = Damage::open(&base, windows.to_vec(), &spec, rig.cx(Stage::Select)).unwrap();
+            measured(&mut oracle, &[set], windows.len())[0]
+        };
+        let each: Vec<f64> = windows.iter().map(|w| divergence(std::slice::from_ref(w)).damage).collect();
+        assert_alike(divergence(&windows), mean(&each));
+        assert_eq!(divergence(&windows[..1]).stderr, 0.0, "one window says nothing of others");
+    }
+}
+
+#[test]
 fn a_layer_that_does_nothing_does_no_damage() {
     let rig = Rig::new();
     let base = rig.base(&Tiny { identity: vec![2, 4], ..Tiny::llama() });
@@ -82,18 +125,18 @@ fn accuracy_lost_is_that_of_the_pruned_checkpoint() {
     };
     let items: Vec<Item> = (0..24).map(item).collect();
     let mut oracle = Accuracy::open(&base, items.clone(), rig.cx(Stage::Select)).unwrap();
-    let right = |decoder: &Decoder, count: usize| {
+    let right = |decoder: &Decoder, count: usize| -> Vec<f64> {
         let cx = rig.cx(Stage::Eval);
         let answers =
             tasks::answer(decoder, &base.tokenizer().unwrap(), "by hand", "t", &items[..count], cx).unwrap();
-        answers.iter().filter(|a| a.correct).count() as f64 / count as f64
+        answers.iter().map(|a| f64::from(u8::from(a.correct))).collect()
     };
     let intact = Decoder::open(&base, &rig.compute).unwrap();
     for count in [24, 5] {
         for set in [&[0][..], &[1, 2], &[5]] {
-            let drop = measure(&mut oracle, &[set], count)[0];
-            let expected = right(&intact, count) - right(&cut(&rig, &base, set), count);
-            assert!((drop - expected).abs() < 1e-12, "{set:?} of {count}: {drop} {expected}");
+            let (before, after) = (right(&intact, count), right(&cut(&rig, &base, set), count));
+            let lost: Vec<f64> = before.iter().zip(after).map(|(before, after)| before - after).collect();
+            assert_alike(measured(&mut oracle, &[set], count)[0], mean(&lost));
         }
     }
 }

@@ -18,6 +18,8 @@ mod bad_input;
 #[cfg(feature = "engine")]
 mod checkpoint;
 #[cfg(feature = "engine")]
+mod choice;
+#[cfg(feature = "engine")]
 mod corpus;
 #[cfg(feature = "engine")]
 mod damage;

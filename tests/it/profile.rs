@@ -76,15 +76,22 @@ fn batching_and_padding_change_nothing() {
     let base = rig.base(&Tiny::mistral());
     let windows = windows(7, 40);
     for position in [TokenPosition::Last, TokenPosition::Mean] {
-        let one = measure(&rig, &base, &windows, &CalibrationSpec { batch_size: 1, ..spec(position) });
-        let many = measure(&rig, &base, &windows, &CalibrationSpec { batch_size: 5, ..spec(position) });
+        let by = |batch_size| {
+            let spec = CalibrationSpec { batch_size, logit_lens: true, ..spec(position) };
+            measure(&rig, &base, &windows, &spec)
+        };
+        let (one, many) = (by(1), by(5));
         assert_eq!((one.samples, one.tokens), (many.samples, many.tokens));
         let cells = |p: &LayerProfile| -> Vec<f64> {
-            let rows = p.by_len.iter().chain(&p.stderr).flatten();
-            rows.chain(&p.influence).chain(&p.relative_magnitude).copied().collect()
+            let rows = p.by_len.iter().chain(&p.stderr).flatten().chain(&p.influence).chain(&p.cross_axis);
+            let halves = p.contribution.iter().flat_map(|c| [c.attention, c.mlp, c.mlp_stderr]);
+            let lens = p.logit_lens.iter().flat_map(|r| [r.loss, r.agreement]);
+            rows.chain(&p.relative_magnitude).chain(&p.norm).copied().chain(halves).chain(lens).collect()
         };
-        for (a, b) in cells(&one).iter().zip(cells(&many)) {
-            assert!((a - b).abs() < 1e-5, "{a} {b}");
+        let (one, many) = (cells(&one), cells(&many));
+        assert_eq!(one.len(), 2 * 21 + 3 * 6 + 7 + 3 * 6 + 2 * 7);
+        for (a, b) in one.iter().zip(many) {
+            assert!((a - b).abs() < 1e-5 * a.abs().max(1.0), "{a} {b}");
         }
     }
 }
@@ -148,7 +155,7 @@ fn nan_in_the_weights_is_found_before_any_compute_and_named() {
 }
 
 #[test]
-fn a_stream_that_overflows_names_the_layer() {
+fn a_stream_that_overflows_names_the_layer_and_the_window() {
     let rig = Rig::new();
     let dir = Tiny::llama().write_with(rig.path("base"), |w| {
         if w.name == "model.layers.3.mlp.down_proj.weight" {
@@ -157,7 +164,8 @@ fn a_stream_that_overflows_names_the_layer() {
     });
     let base = Checkpoint::open(&dir).unwrap();
     let error = profile(&base, &windows(2, 16), &spec(TokenPosition::Last), 1, rig.cx(Stage::Profile));
-    assert!(error.unwrap_err().to_string().contains("layer 3"));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("window 0") && error.contains("layer 3"), "{error}");
 }
 
 #[test]

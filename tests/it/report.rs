@@ -10,8 +10,10 @@ use secateur::job::report::{
     LayerSelection, LensReading, LossPoint, Perplexity, Report, Scores, Speed, StageSummary, Step, TaskScore,
     Zone,
 };
-use secateur::job::spec::{JobSpec, Preset, QloraSpec, Strategy, TokenPosition};
+use secateur::job::spec::{JobSpec, Preset, QloraSpec, Strategy};
 use serde_json::json;
+
+use crate::support::made_up;
 
 fn scores(layers: u32, perplexity: f64, acc: f64) -> Scores {
     let parameters = 28_311_552 + u64::from(layers) * 3_540_000;
@@ -49,32 +51,8 @@ fn profile(layer_count: u32) -> LayerProfile {
     let depth = f64::from(layer_count - 1);
     let step = |l: u32| 0.05 + 0.3 * (f64::from(l) / depth - 0.65).powi(2) + if l == 0 { 0.25 } else { 0.0 };
     let across = |l: u32, n: u32| (l..l + n).map(step).sum::<f64>().powf(0.7) * 0.6;
-    let rows = |value: &dyn Fn(u32, u32) -> f64| -> Vec<Vec<f64>> {
-        (1..=layer_count).map(|n| (0..=layer_count - n).map(|l| value(l, n)).collect()).collect()
-    };
-    LayerProfile {
-        layer_count,
-        samples: 64,
-        tokens: 16_384,
-        position: TokenPosition::Last,
-        unit: "pi".into(),
-        by_len: rows(&across),
-        stderr: rows(&|l, n| 0.03 * across(l, n)),
-        influence: (0..layer_count).map(step).collect(),
-        relative_magnitude: (0..layer_count).map(step).collect(),
-        norm: vec![1.0; layer_count as usize + 1],
-        cross_axis: Vec::new(),
-        influence_stderr: Vec::new(),
-        relative_magnitude_stderr: Vec::new(),
-        cross_axis_stderr: Vec::new(),
-        norm_stderr: Vec::new(),
-        contribution: Vec::new(),
-        ablation: Vec::new(),
-        logit_lens: Vec::new(),
-        confidence: Vec::new(),
-        samples_asked: 64,
-        stopped_early: false,
-    }
+    let stderr = made_up::blocks(layer_count, |l, n| 0.03 * across(l, n));
+    LayerProfile { stderr, ..made_up::profile(layer_count, across) }
 }
 
 fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
@@ -145,6 +123,21 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
     .report()
 }
 
+/// The report of what `report` says was found.
+fn again(report: Report) -> Report {
+    Findings {
+        spec: report.spec,
+        model_digest: report.model_digest,
+        profile: report.profile,
+        selection: report.selection,
+        pruned: report.pruned,
+        heal: report.heal,
+        eval: report.eval,
+        files: report.files,
+    }
+    .report()
+}
+
 fn stages() -> Vec<StageSummary> {
     vec![
         StageSummary { stage: Stage::Profile, reused: true, duration_ms: 21_340 },
@@ -183,7 +176,9 @@ fn searched() -> Report {
         |l: u32| 0.004 * f64::from(l * 7 % 5) + if l == 0 { 4.2 } else { 0.5 / f64::from(1 + l) - 0.018 };
     let damage = |set: &[u32]| set.iter().map(|l| own(*l)).sum::<f64>() * (0.8 + 0.2 * set.len() as f64);
     let zones = report.spec.calibration.zones;
-    let layer = |l| Ablation { damage: own(l), stderr: 0.0, zone: Zone::of(own(l), &zones) };
+    // The last layer's is not known.
+    let stderr = |l: u32| if l == 29 { 0.0 } else { 0.002 + own(l).abs() / 20.0 };
+    let layer = |l| Ablation { damage: own(l), stderr: stderr(l), zone: Zone::of(own(l), &zones) };
     report.profile.ablation = (0..30).map(layer).collect();
     let reading = |l: u32| LensReading {
         loss: 3.0 + 7.0 * (-f64::from(l) / 8.0).exp(),
@@ -195,11 +190,13 @@ fn searched() -> Report {
         let cut = |n: u32| (0..n).map(|i| last - i * (1 + last % 3)).rev().collect::<Vec<u32>>();
         let whole = !matches!(strategy, Strategy::Auto | Strategy::EvolutionaryDamage);
         let counts = if whole { 1..=6 } else { 6..=6 };
-        let path: Vec<Step> = counts.map(|n| Step { damage: damage(&cut(n)), dropped: cut(n) }).collect();
+        let path: Vec<Step> =
+            counts.map(|n| Step { damage: damage(&cut(n)), stderr: 0.0321, dropped: cut(n) }).collect();
         Compared {
             strategy,
             dropped: cut(6),
             damage: path.last().map(|step| step.damage),
+            stderr: 0.0321,
             path,
             cost: Cost { evaluations: 42, tokens: 344_064 },
             budget_exhausted: strategy == Strategy::BeamDamage,
@@ -223,6 +220,7 @@ fn searched() -> Report {
         strategies: strategies.to_vec(),
         dropped: (first..first + 6).collect(),
         damage: Some(damage),
+        stderr: 0.0456,
         cost: Cost { evaluations: 1, tokens: 8192 },
         why: why.into(),
     };
@@ -248,6 +246,8 @@ fn a_search_is_told_in_tables_and_drawn_in_plots() {
         "How much each layer is missed",
         "What the head reads on the way",
         "confidence",
+        "0.3100\u{a0}±\u{a0}0.0456",
+        "±\u{a0}0.0321",
         "layers 17 to 18, 20 to 22, 24",
     ] {
         assert!(html.contains(told), "{told}");
@@ -257,6 +257,7 @@ fn a_search_is_told_in_tables_and_drawn_in_plots() {
         assert!(count > 0 && html.contains(&format!("{bars}: {count}</text>")), "{bars}");
         assert_eq!(html.matches(&format!("<rect class='{bars}'")).count(), count + 1, "{bars}, and the key");
     }
+    assert_eq!(html.matches("class='error'").count(), 29, "every layer whose standard error is known");
     assert_eq!(html.matches("class='gone'").count(), 6 + 1, "the layers that were cut, and the key");
     let points: usize = report.selection.compared.iter().map(|c| c.path.len()).sum();
     assert_eq!(
@@ -296,17 +297,7 @@ fn plots_stand_alone_as_files_with_title_axes_and_their_own_colours() {
 fn remarks_tell_of_a_better_strategy_and_of_a_search_cut_short() {
     let mut report = searched();
     report.selection.compared[0].budget_exhausted = true;
-    let again = Findings {
-        spec: report.spec,
-        model_digest: report.model_digest,
-        profile: report.profile,
-        selection: report.selection,
-        pruned: report.pruned,
-        heal: report.heal,
-        eval: report.eval,
-        files: report.files,
-    };
-    let remarks = again.report().remarks.join("\n");
+    let remarks = again(report).remarks.join("\n");
     assert!(remarks.contains("ended with its budget after 42 sets"), "{remarks}");
     assert!(remarks.contains("less damage than auto, which decided"), "{remarks}");
 }
@@ -352,15 +343,5 @@ fn remarks_warn_of_what_the_numbers_do_not_show() {
     assert!(remarks.contains("21 % of the base model's parameters are embedding"), "{remarks}");
     let mut reverted = report("x", (18..24).collect(), true);
     reverted.heal[0].reverted = true;
-    let again = Findings {
-        spec: reverted.spec,
-        model_digest: reverted.model_digest,
-        profile: reverted.profile,
-        selection: reverted.selection,
-        pruned: reverted.pruned,
-        heal: reverted.heal,
-        eval: reverted.eval,
-        files: reverted.files,
-    };
-    assert!(again.report().remarks[0].contains("thrown away"));
+    assert!(again(reverted).remarks[0].contains("thrown away"));
 }

@@ -208,11 +208,37 @@ fn a_profile_with_ablation_tells_how_much_each_layer_is_missed() {
     assert_eq!(profile.ablation.len(), 6);
     for (layer, ablation) in profile.ablation.iter().enumerate() {
         assert_eq!(ablation.damage.abs() < 1e-5, layer == 3, "{layer}: {ablation:?}");
+        assert_eq!(ablation.stderr < 1e-6, layer == 3, "{layer}: {ablation:?}");
         assert_eq!(ablation.zone, Zone::of(ablation.damage, &spec_zones(1e-4, 1e-5)));
     }
     assert_eq!(profile.ablation[3].zone, Zone::Redundant);
     let told = bench.succeed(&bench.spec(), "out", &["--until", "profile"]);
     assert_eq!(finished(&told), [(Stage::Profile, false)], "without ablation it is another profile");
+}
+
+#[test]
+fn a_model_writes_each_text_once_in_a_workspace() {
+    let bench = Bench::new(&Tiny::llama());
+    let corpus = json!({"from": "model"});
+    let mut spec = bench.spec_with("/prune/strategy", json!("greedy_damage"));
+    spec["prune"]["damage"] = json!({"samples": 4});
+    spec["calibration"]["corpus"] = corpus;
+    spec["calibration"]["ablation"] = json!(true);
+    let written = |spec: &Value| {
+        let told = bench.succeed(spec, "out", &["--until", "select"]);
+        let ended = |e: &Event| {
+            matches!(e, Event::Advanced { task, done, total, .. }
+                if task == "writing calibration text" && done == total)
+        };
+        (told.iter().filter(|e| ended(e)).count(), selection(&bench))
+    };
+    let (texts, first) = written(&spec);
+    assert_eq!(texts, 2, "one to calibrate with, one to measure damage on, by ablation and search");
+    // Another run has other stages, but the same texts.
+    spec["calibration"]["logit_lens"] = json!(true);
+    assert_eq!(written(&spec), (0, first));
+    spec["seed"] = json!(5);
+    assert_eq!(written(&spec).0, 2);
 }
 
 const fn spec_zones(needed: f64, redundant: f64) -> Zones {

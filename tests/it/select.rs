@@ -1,41 +1,11 @@
 //! Decisions over made-up profiles and made-up damage: no model, no tensor.
 
-use secateur::engine::select::{Oracle, Oracles};
+use secateur::engine::select::{Measured, Oracle, Oracles};
 use secateur::engine::{Error, Result};
-use secateur::job::report::{Cost, LayerProfile, LayerSelection, cross_axis};
-use secateur::job::spec::{DamageSpec, Measures, PruneAmount, PruneSpec, Strategy, TokenPosition};
+use secateur::job::report::{Ablation, Cost, LayerProfile, LayerSelection, Zone, cross_axis};
+use secateur::job::spec::{DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
 
-/// A profile whose distance across `start..start + len` is `distance(start, len)`.
-fn profile(layer_count: u32, distance: impl Fn(u32, u32) -> f64) -> LayerProfile {
-    let rows = |value: &dyn Fn(u32, u32) -> f64| -> Vec<Vec<f64>> {
-        (1..=layer_count).map(|n| (0..=layer_count - n).map(|l| value(l, n)).collect()).collect()
-    };
-    let influence: Vec<f64> = (0..layer_count).map(|l| distance(l, 1)).collect();
-    let relative_magnitude: Vec<f64> = influence.iter().map(|d| 2.0 * d).collect();
-    LayerProfile {
-        layer_count,
-        samples: 2,
-        tokens: 64,
-        position: TokenPosition::Last,
-        unit: "pi".into(),
-        by_len: rows(&distance),
-        stderr: rows(&|_, _| 0.0),
-        cross_axis: cross_axis(&influence, &relative_magnitude),
-        influence,
-        relative_magnitude,
-        norm: vec![1.0; layer_count as usize + 1],
-        influence_stderr: Vec::new(),
-        relative_magnitude_stderr: Vec::new(),
-        cross_axis_stderr: Vec::new(),
-        norm_stderr: Vec::new(),
-        contribution: Vec::new(),
-        ablation: Vec::new(),
-        logit_lens: Vec::new(),
-        confidence: Vec::new(),
-        samples_asked: 2,
-        stopped_early: false,
-    }
-}
+use crate::support::made_up::profile;
 
 fn spec(strategy: Strategy, n: u32, keep_first: u32, keep_last: u32) -> PruneSpec {
     PruneSpec {
@@ -77,6 +47,11 @@ fn select(profile: &LayerProfile, spec: &PruneSpec) -> Result<LayerSelection> {
 
 type Damage<'a> = &'a dyn Fn(&[u32]) -> f64;
 
+/// The standard error that made-up damage comes with.
+fn error(damage: f64) -> f64 {
+    damage / 8.0
+}
+
 /// Damage by a formula, on 16 windows of 10 tokens; remembers what it was asked.
 struct MadeUp<'a> {
     damage: Damage<'a>,
@@ -97,17 +72,18 @@ impl Oracle for MadeUp<'_> {
         sets: &[Vec<u32>],
         windows: usize,
         tell: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<Vec<Measured>> {
         assert!(!sets.is_empty() && sets.is_sorted(), "neighbours share their first layers");
         assert!((1..=16).contains(&windows));
-        let mut damages = Vec::new();
+        let mut measured = Vec::new();
         for set in sets {
             assert!(set.windows(2).all(|w| w[0] < w[1]), "ascending, none twice: {set:?}");
             self.asked.push((set.clone(), windows));
-            damages.push((self.damage)(set));
-            tell(damages.len())?;
+            let damage = (self.damage)(set);
+            measured.push(Measured { damage, stderr: error(damage) });
+            tell(measured.len())?;
         }
-        Ok(damages)
+        Ok(measured)
     }
 }
 
@@ -402,7 +378,7 @@ fn auto_takes_the_cut_of_least_damage_and_says_why() {
     named.retain(|s| s.measures() != Measures::Nothing);
     assert!(named.is_empty());
     for (i, cut) in chosen.considered.iter().enumerate() {
-        assert_eq!(cut.damage, Some(damage(&cut.dropped)));
+        assert_eq!((cut.damage, cut.stderr), (Some(damage(&cut.dropped)), error(damage(&cut.dropped))));
         assert_eq!(cut.cost, Cost { evaluations: 1, tokens: 160 });
         assert!(chosen.considered[i + 1..].iter().all(|other| other.dropped != cut.dropped), "none twice");
     }
@@ -470,6 +446,25 @@ fn nothing_is_measured_twice_and_no_strategy_pays_for_another() {
 }
 
 #[test]
+fn what_ablation_measured_is_not_measured_again_and_changes_nothing() {
+    let mut ablated = flat(10);
+    let zone = Zone::Needed;
+    let single = |l: u32| Ablation { damage: wild(&[l]), stderr: error(wild(&[l])), zone };
+    for strategy in SEARCHES {
+        let spec = spec(strategy, 3, 0, 1);
+        ablated.ablation.clear();
+        let (without, asked) = measured_by(&ablated, &spec, 0, &wild);
+        ablated.ablation = (0..10).map(single).collect();
+        let (with, left) = measured_by(&ablated, &spec, 0, &wild);
+        assert_eq!(with, without, "{strategy:?}: the cost, too");
+        let single = |(set, windows): &(Vec<u32>, usize)| set.len() == 1 && *windows == 16;
+        assert!(!left.iter().any(single), "{strategy:?}");
+        let others = asked.into_iter().filter(|question| !single(question));
+        assert_eq!(left, others.collect::<Vec<_>>(), "{strategy:?}");
+    }
+}
+
+#[test]
 fn strategies_compared_show_their_damage_layer_by_layer_and_do_not_decide() {
     let made_up = profile(10, |l, n| f64::from((l * 7 + n * 3) % 11) / 11.0);
     let alone = measured(&made_up, &spec(Strategy::BlockInfluence, 4, 0, 1), &wild);
@@ -492,8 +487,10 @@ fn strategies_compared_show_their_damage_layer_by_layer_and_do_not_decide() {
             if compared.strategy == Strategy::EvolutionaryDamage { vec![4] } else { vec![1, 2, 3, 4] };
         assert_eq!(counts, expected, "{:?}", compared.strategy);
         assert!(compared.path.iter().all(|step| step.damage == wild(&step.dropped)));
+        assert!(compared.path.iter().all(|step| step.stderr == error(step.damage)));
         let last = compared.path.last().unwrap();
         assert_eq!((&last.dropped, Some(last.damage)), (&compared.dropped, compared.damage));
+        assert_eq!(last.stderr, compared.stderr);
         let free = compared.strategy.measures() == Measures::Nothing;
         assert_eq!(compared.cost == Cost::default(), free, "{:?}", compared.strategy);
     }

@@ -137,3 +137,23 @@ fn a_run_that_is_asked_to_stop_starts_no_stage() {
     assert!(matches!(once(&rig, &rig.workspace(), 1, &count), Err(Error::Stopped)));
     assert_eq!(count.get(), 0);
 }
+
+#[test]
+fn what_several_stages_need_is_made_once_for_the_same_inputs_and_again_when_it_cannot_be_read() {
+    let (rig, count) = (Rig::new(), Cell::new(0));
+    let kept = |name: &str, inputs: u32| -> u32 {
+        let make = || {
+            count.set(count.get() + 1);
+            Ok(inputs * 2)
+        };
+        rig.workspace().kept(name, &inputs, make).unwrap()
+    };
+    assert_eq!([kept("text", 1), kept("text", 1)], [2, 2]);
+    assert_eq!(count.get(), 1);
+    assert_eq!([kept("text", 2), kept("other", 1)], [4, 2]);
+    assert_eq!(count.get(), 3);
+    for record in fs::read_dir(rig.path("workspace/records")).unwrap() {
+        fs::write(record.unwrap().path(), "{").unwrap();
+    }
+    assert_eq!((kept("text", 1), count.get()), (2, 4));
+}

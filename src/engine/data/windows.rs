@@ -1,5 +1,6 @@
 //! Text as token windows: documents joined by a blank line, cut without overlap.
 
+use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
 use super::corpus::{Piece, label, pieces};
@@ -11,7 +12,7 @@ use crate::job::spec::Corpus;
 
 /// What text is for. A model writes another text for each purpose, so that no
 /// checkpoint is judged by the words it was healed on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Purpose {
     Calibration,
     Heal,
@@ -43,13 +44,24 @@ pub struct Wanted {
     pub seq_len: usize,
     /// The first so many windows; all there are when absent.
     pub at_most: Option<usize>,
+    /// The setting that insists on `at_most` windows: text that gives fewer is refused. Where nobody insists they are
+    /// noted.
+    pub insisted_by: Option<&'static str>,
     pub purpose: Purpose,
     /// The job's seed; used for text the model writes.
     pub seed: u64,
 }
 
+impl Wanted {
+    /// What is enough to read for knowing that a text will do.
+    #[must_use]
+    pub fn to_check(self) -> Self {
+        if self.insisted_by.is_some() { self } else { Self { at_most: Some(1), ..self } }
+    }
+}
+
 /// Token windows and the words they cover.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Windows {
     pub ids: Vec<Vec<u32>>,
     /// Words between white space in the text of the windows.
@@ -67,7 +79,7 @@ const BYTES_PER_TOKEN: usize = 6;
 ///
 /// # Errors
 /// A spec error when a window is longer than the model can take; data errors
-/// that name file, line and remedy.
+/// that name file, line and remedy, or how many windows there are where more are insisted on.
 pub fn windows(corpus: &Corpus, wanted: &Wanted, base: &Checkpoint, cx: Cx) -> Result<Windows> {
     let (config, name) = (base.config(), label(corpus));
     let most = config.max_position_embeddings;
@@ -98,6 +110,12 @@ pub fn windows(corpus: &Corpus, wanted: &Wanted, base: &Checkpoint, cx: Cx) -> R
     }
     if let Some(asked) = wanted.at_most.filter(|n| *n > found.ids.len()) {
         let n = found.ids.len();
+        if let Some(setting) = wanted.insisted_by {
+            return Err(Error::data(format!(
+                "{name} gives {n} windows (seq_len = {}), but {setting} asks for {asked}: set it to {n}, or give more text",
+                wanted.seq_len
+            )));
+        }
         cx.note(format!("{name} gives {n} windows, {asked} were asked; going on with {n}"));
     }
     Ok(found)

@@ -50,7 +50,7 @@ impl Material {
         let tasks = tasks.collect::<Result<_>>()?;
         let seq_len = (spec.seq_len as usize).min(base.config().max_position_embeddings);
         let texts = spec.perplexity.iter().map(|corpus| {
-            let wanted = Wanted { seq_len, at_most: None, purpose: Purpose::Eval, seed };
+            let wanted = Wanted { seq_len, at_most: None, insisted_by: None, purpose: Purpose::Eval, seed };
             Ok(Text { corpus: label(corpus), windows: windows(corpus, &wanted, base, cx)? })
         });
         Ok(Self { tasks, texts: texts.collect::<Result<_>>()?, speed: spec.speed })

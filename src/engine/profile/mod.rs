@@ -114,7 +114,11 @@ impl Pass<'_> {
         };
         let mut keep = |seam: usize, part: usize, x: &Tensor| {
             self.cx.check()?;
-            let kept = x.index_select(&Tensor::new(&rows[part][..], x.device())?, 0)?;
+            let kept = if rows[part].len() == x.dim(0)? {
+                x.clone()
+            } else {
+                x.index_select(&Tensor::new(&rows[part][..], x.device())?, 0)?
+            };
             if let Some(lens) = &mut lens {
                 lens.read(self.decoder, seam, self.first + self.parts[part].start, &batches[part], x)?;
             }
@@ -140,16 +144,18 @@ impl Pass<'_> {
             }
             Ok(leaving)
         })?;
-        let mut samples = Vec::with_capacity(self.windows.len());
-        for (part, ranges) in ranges.iter().enumerate() {
-            for tokens in ranges {
-                let mut sample = seams.sample(part, tokens.clone(), self.spec, self.cx)?;
-                if let Some(seam) = sample.not_finite() {
-                    return Err(not_finite(seam, self.first + samples.len()));
-                }
-                sample.added = added.iter().map(|windows| windows[samples.len()]).collect();
-                samples.push(sample);
+        let places: Vec<(usize, Range<usize>)> = ranges
+            .into_iter()
+            .enumerate()
+            .flat_map(|(part, all)| all.into_iter().map(move |t| (part, t)))
+            .collect();
+        let sample = |(part, tokens)| seams.sample(part, tokens, self.spec, self.cx);
+        let mut samples = places.into_par_iter().map(sample).collect::<Result<Vec<Sample>>>()?;
+        for (window, sample) in samples.iter_mut().enumerate() {
+            if let Some(seam) = sample.not_finite() {
+                return Err(not_finite(seam, self.first + window));
             }
+            sample.added = added.iter().map(|windows| windows[window]).collect();
         }
         Ok(samples)
     }
@@ -213,11 +219,11 @@ fn not_finite(seam: usize, window: usize) -> Error {
     ))
 }
 
-/// Bytes of streams that are looked at together.
-const LOOK_BYTES: usize = 32 << 20;
+/// Bytes of streams that are looked at together, by each core.
+const LOOK_BYTES: usize = 4 << 20;
 
 impl Seams {
-    /// The mean over some of the tokens of a part. Summed in token order, so that threads change nothing.
+    /// The mean over some of the tokens of a part.
     fn sample(&self, part: usize, tokens: Range<usize>, spec: &CalibrationSpec, cx: Cx) -> Result<Sample> {
         let h = self.width;
         let each = self.seams * h * size_of::<f32>();
@@ -229,13 +235,9 @@ impl Seams {
             let many = at_once.min(count - start);
             let rows = |seam: usize| self.tables.rows(seam * self.parts + part, first + start, many);
             let by_seam = (0..self.seams).map(rows).collect::<Result<Vec<_>>>()?;
-            let of_token = |token: usize| {
+            for token in 0..many {
                 let streams: Vec<&[f32]> = by_seam.iter().map(|s| &s[token * h..(token + 1) * h]).collect();
-                Sample::of(&Gram::new(&streams), self.seams, spec.distance)
-            };
-            let by_token: Vec<Sample> = (0..many).into_par_iter().map(of_token).collect();
-            for token in &by_token {
-                mean.add(token, 1.0 / count as f64);
+                mean.add(&Sample::of(&Gram::new(&streams), self.seams, spec.distance), 1.0 / count as f64);
             }
         }
         Ok(mean)

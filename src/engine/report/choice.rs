@@ -36,12 +36,13 @@ impl Squeezed {
     }
 }
 
-/// Damage of leaving out each layer by itself, by zone.
+/// Damage of leaving out each layer by itself, by zone, with two standard errors to either side.
 pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelection) -> Figure {
     let scale = Squeezed { unit: zones.redundant.abs().max(1e-3) };
     let heights: Vec<f64> = profile.ablation.iter().map(|a| scale.at(a.damage)).collect();
-    let high = heights.iter().copied().chain([scale.at(zones.needed)]).fold(0.0, f64::max);
-    let low = heights.iter().copied().fold(0.0, f64::min);
+    let error = |errors: f64| profile.ablation.iter().map(move |a| scale.at(a.damage + errors * a.stderr));
+    let high = error(2.0).chain([scale.at(zones.needed)]).fold(0.0, f64::max);
+    let low = error(-2.0).fold(0.0, f64::min);
     let margin = (high - low) * 0.05;
     // Room above the bars for what the colours mean.
     let (low, high) = (if low < 0.0 { low - margin } else { low }, high + 4.0 * margin);
@@ -60,11 +61,16 @@ pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelec
         let class = zone_name(ablation.zone);
         plot.add(&format!(
             "<rect class='{class}' x='{left:.1}' y='{top:.1}' width='{:.1}' height='{:.1}'>\
-             <title>layer {layer}: {:.4} nats per token, {class}</title></rect>",
+             <title>layer {layer}: {:.4} ± {:.4} nats per token, {class}</title></rect>",
             right - left,
             (bottom - top).max(1.0),
-            ablation.damage
+            ablation.damage,
+            ablation.stderr
         ));
+        if ablation.stderr > 0.0 {
+            let reach = 2.0 * ablation.stderr;
+            plot.error_bar(x, scale.at(ablation.damage - reach), scale.at(ablation.damage + reach));
+        }
         if selection.dropped.contains(&(layer as u32)) {
             plot.add(&format!(
                 "<rect class='gone' x='{left:.1}' y='{:.1}' width='{:.1}' height='5'/>",
@@ -76,15 +82,14 @@ pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelec
     for (damage, text) in [(zones.needed, "needed from"), (zones.redundant, "redundant to")] {
         let y = plot.py(scale.at(damage));
         let end = WIDTH - BOUNDS;
-        plot.add(&format!(
-            "<line class='mark' x1='{LEFT}' x2='{end}' y1='{y:.1}' y2='{y:.1}'/><text x='{}' y='{:.1}'>{text} {}</text>",
-            end + 6.0,
-            y + 4.0,
-            tick_text(damage)
-        ));
+        for class in ["halo", "bound"] {
+            plot.line_at(class, (LEFT, y), (end, y));
+        }
+        let (x, y) = (end + 6.0, y + 4.0);
+        plot.add(&format!("<text x='{x}' y='{y:.1}'>{text} {}</text>", tick_text(damage)));
     }
     zone_key(&mut plot, profile);
-    plot.figure("criticality", "Damage of leaving out one layer, by zone")
+    plot.figure("criticality", "Damage of leaving out one layer, by zone, with two standard errors")
 }
 
 fn zone_key(plot: &mut Plot, profile: &LayerProfile) {
@@ -150,8 +155,9 @@ pub fn strategies(compared: &[Compared], measure: DamageMeasure) -> Figure {
         plot.line(&look(i), strategy.path.iter().map(point));
         for step in &strategy.path {
             let (x, y) = (plot.px(point(step).0), plot.py(point(step).1));
+            let name = strategy.strategy.name();
             let what =
-                format!("{}, {} layers: {:.4}", strategy.strategy.name(), step.dropped.len(), step.damage);
+                format!("{name}, {} layers: {:.4} ± {:.4}", step.dropped.len(), step.damage, step.stderr);
             plot.add(&sign(i, x, y, &what));
         }
         if let Some(last) = strategy.path.last() {
@@ -205,11 +211,13 @@ fn sign(series: usize, x: f64, y: f64, what: &str) -> String {
 pub fn logit_lens(profile: &LayerProfile) -> Figure {
     let lens = &profile.logit_lens;
     let last = lens.len().saturating_sub(1) as f64;
-    let high = lens.iter().map(|r| r.loss).fold(0.0, f64::max);
     let x_ticks = whole((0.0, last));
-    let mut loss = Plot::new(230.0, (0.0, last), (0.0, high * 1.05));
     let texts = |range| ticks(range).into_iter().map(|t| (t, tick_text(t))).collect::<Vec<_>>();
-    loss.axes_at(&[], &texts((0.0, high * 1.05)), "", "loss, nats per token");
+    // The first seams read hundreds of nats where the last ones read three.
+    let scale = Squeezed { unit: lens.iter().map(|r| r.loss).fold(f64::INFINITY, f64::min).max(0.1) };
+    let range = (0.0, scale.at(lens.iter().map(|r| r.loss).fold(0.0, f64::max)) * 1.05);
+    let mut loss = Plot::new(230.0, (0.0, last), range);
+    loss.axes_at(&[], &scale.ticks(range, range.1 / 8.0), "", "loss, nats per token");
     let mut agreement = Plot::new(230.0, (0.0, last), (0.0, 1.0));
     agreement.axes_at(
         &x_ticks,
@@ -217,13 +225,14 @@ pub fn logit_lens(profile: &LayerProfile) -> Figure {
         "stream entering layer (last: leaving the model)",
         "top-1 agreement",
     );
-    loss.line("curve", lens.iter().enumerate().map(|(l, r)| (l as f64, r.loss)));
+    loss.line("curve", lens.iter().enumerate().map(|(l, r)| (l as f64, scale.at(r.loss))));
     agreement.line("curve", lens.iter().enumerate().map(|(l, r)| (l as f64, r.agreement)));
     for (l, reading) in lens.iter().enumerate() {
-        for (plot, value, name) in
-            [(&mut loss, reading.loss, "nats per token"), (&mut agreement, reading.agreement, "agree")]
-        {
-            let (x, y) = (plot.px(l as f64), plot.py(value));
+        for (plot, value, height, name) in [
+            (&mut loss, reading.loss, scale.at(reading.loss), "nats per token"),
+            (&mut agreement, reading.agreement, reading.agreement, "agree"),
+        ] {
+            let (x, y) = (plot.px(l as f64), plot.py(height));
             plot.add(&format!(
                 "<circle class='dot' cx='{x:.1}' cy='{y:.1}' r='2.5'><title>seam {l}: {value:.4} {name}</title></circle>"
             ));

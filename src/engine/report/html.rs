@@ -16,7 +16,8 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
          <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
          <style>{STYLE}{PLOTS}</style></head><body><main><header><p class='kicker'>{0}</p><h1>{1}</h1>",
         escape(&name),
-        escape(&said[0])
+        // A number and its sign stay on one line.
+        escape(&said[0].replace(" %", "\u{a0}%"))
     );
     for sentence in &said[1..] {
         put(&mut out, &format!("<p>{}</p>", escape(sentence)));
@@ -182,14 +183,14 @@ fn choice(out: &mut String, report: &Report) {
         out,
         &format!(
             "<section class='words'><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, before any \
-             healing: 0.1 is a tenth more perplexity.</p>",
+             healing: 0.1 is a tenth more perplexity. Behind ± stands its standard error over windows.</p>",
             selection.strategy.name()
         ),
     );
     if !selection.considered.is_empty() {
         let row = |c: &Considered| {
             let strategies: Vec<&str> = c.strategies.iter().map(|s| s.name()).collect();
-            vec![strategies.join(", "), runs_text(&c.dropped), damage_text(c.damage), c.why.clone()]
+            vec![strategies.join(", "), runs_text(&c.dropped), damage_text(c.damage, c.stderr), c.why.clone()]
         };
         let rows: Vec<Vec<String>> = selection.considered.iter().map(row).collect();
         table(out, &["cut of", "layers", "damage", "why"], &rows);
@@ -208,15 +209,16 @@ fn choice(out: &mut String, report: &Report) {
             0 => "nothing".to_owned(),
             sets => format!("{sets} cuts, {} tokens", amount(c.cost.tokens as f64)),
         };
-        vec![c.strategy.name().into(), runs_text(&c.dropped), damage_text(c.damage), cost, searched.into()]
+        let damage = damage_text(c.damage, c.stderr);
+        vec![c.strategy.name().into(), runs_text(&c.dropped), damage, cost, searched.into()]
     };
     let rows: Vec<Vec<String>> = selection.compared.iter().map(row).collect();
     table(out, &["strategy", "layers", "damage", "measured to choose", "search"], &rows);
     put(out, "</section>");
 }
 
-fn damage_text(damage: Option<f64>) -> String {
-    damage.map_or("–".into(), |d| format!("{d:.4}"))
+fn damage_text(damage: Option<f64>, stderr: f64) -> String {
+    damage.map_or("–".into(), |d| format!("{d:.4}\u{a0}±\u{a0}{stderr:.4}"))
 }
 
 fn criticality_figure(out: &mut String, report: &Report) {
@@ -228,14 +230,16 @@ fn criticality_figure(out: &mut String, report: &Report) {
     figure(
         out,
         &criticality(profile, zones, &report.selection),
-        "Each layer left out by itself. The scale is straight near zero and logarithmic above.",
+        "Each layer left out by itself, with two standard errors over windows. The scale is straight near zero and \
+         logarithmic above.",
     );
     let row = |(layer, a): (usize, &Ablation)| {
         let cut = if report.selection.dropped.contains(&(layer as u32)) { "cut" } else { "" };
-        vec![layer.to_string(), format!("{:.4}", a.damage), zone_name(a.zone).into(), cut.into()]
+        let (damage, stderr) = (format!("{:.4}", a.damage), format!("{:.4}", a.stderr));
+        vec![layer.to_string(), damage, stderr, zone_name(a.zone).into(), cut.into()]
     };
     let rows: Vec<Vec<String>> = profile.ablation.iter().enumerate().map(row).collect();
-    details(out, "The damages as a table", &["layer", "damage", "zone", ""], &rows);
+    details(out, "The damages as a table", &["layer", "damage", "standard error", "zone", ""], &rows);
     put(out, "</section>");
 }
 
@@ -248,8 +252,8 @@ fn lens_figure(out: &mut String, report: &Report) {
     figure(
         out,
         &logit_lens(profile),
-        "Final norm and head applied to the stream at every seam: how likely it finds the text, and how often its \
-         likeliest next token is that of the whole model.",
+        "Final norm and head applied to the stream at every seam: how likely it finds the text (logarithmic above the \
+         least loss), and how often its likeliest next token is that of the whole model.",
     );
     let row = |(seam, r): (usize, &LensReading)| {
         vec![seam.to_string(), format!("{:.4}", r.loss), format!("{:.1} %", 100.0 * r.agreement)]
@@ -367,5 +371,5 @@ summary{cursor:pointer;color:var(--soft)}
 code,pre{font:.86rem/1.5 ui-monospace,'DejaVu Sans Mono',Menlo,monospace;overflow-wrap:anywhere}
 pre{background:var(--wash);padding:1rem;overflow-x:auto;white-space:pre-wrap}
 footer{margin-top:3rem;color:var(--soft);font-size:.85rem}
-@media print{:root{--ink:#000;--soft:#444;--paper:#fff;--rule:#bbb;--wash:#f6f6f6}main{max-width:none;padding:0}section,figure{break-inside:avoid}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media print{:root{--ink:#000;--soft:#444;--paper:#fff;--rule:#bbb;--wash:#f6f6f6}main{max-width:none;padding:0}p,figure,table,li{break-inside:avoid}h2,h2+p{break-after:avoid}details:not([open]){display:none}rect{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 ";

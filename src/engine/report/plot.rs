@@ -61,6 +61,15 @@ impl Plot {
         self.add(&format!("<polyline class='{class}' points='{x1:.1},{y1:.1} {x2:.1},{y2:.1}'/>"));
     }
 
+    /// From `low` to `high` at `x`, with a bar across either end.
+    pub fn error_bar(&mut self, x: f64, low: f64, high: f64) {
+        let (x, low, high) = (self.px(x), self.py(low), self.py(high));
+        let (left, right) = (x - 3.0, x + 3.0);
+        self.add(&format!(
+            "<path class='error' d='M{left:.1} {high:.1}H{right:.1}M{x:.1} {high:.1}V{low:.1}M{left:.1} {low:.1}H{right:.1}'/>"
+        ));
+    }
+
     /// Round numbers along both axes.
     pub fn axes(&mut self, x_label: &str, y_label: &str) {
         let text = |ticks: Vec<f64>| ticks.into_iter().map(|t| (t, tick_text(t))).collect::<Vec<_>>();
@@ -175,8 +184,10 @@ svg text.heading{fill:var(--ink);font-size:15px;font-weight:600}
 .curve{fill:none;stroke:var(--leaf);stroke-width:2.2;stroke-linejoin:round}
 .raw{fill:none;stroke:var(--soft);stroke-width:1;opacity:.55}
 .mark{stroke:var(--accent);stroke-dasharray:4 4}
+.bound{fill:none;stroke:#111;stroke-width:1.2;stroke-dasharray:5 4}
 .dot{fill:var(--accent)}
-.chosen{fill:none;stroke:#e0241b;stroke-width:3}
+.behind{fill:none;stroke:#111;stroke-width:5}
+.chosen{fill:none;stroke:#ff5a4f;stroke-width:2.6}
 .halo{fill:none;stroke:#fff;stroke-width:3;stroke-linejoin:round;opacity:.75}
 .path{fill:none;stroke:#111;stroke-width:1.2;stroke-linejoin:round}
 .least{fill:#111;stroke:#fff;stroke-width:1}
@@ -184,6 +195,7 @@ svg text.heading{fill:var(--ink);font-size:15px;font-weight:600}
 .mixed{fill:#e69f00;fill-opacity:.55;stroke:#b57c00}
 .redundant{fill:var(--paper);stroke:var(--leaf);stroke-width:1.6}
 .gone{fill:var(--ink)}
+.error{fill:none;stroke:var(--ink);stroke-width:1.1}
 .series{fill:none;stroke-width:2.2;stroke-linejoin:round}
 .leader{stroke:var(--soft);stroke-width:.7}
 .c0{color:var(--ink)}.c1{color:#0072b2}.c2{color:#d55e00}.c3{color:#009e73}.c4{color:#cc79a7}.c5{color:#e69f00}.c6{color:#56b4e9}

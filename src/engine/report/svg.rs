@@ -56,11 +56,8 @@ pub fn heat_map(profile: &LayerProfile, selection: &LayerSelection) -> Figure {
         None => selection.dropped.iter().map(|l| (*l, 1)).collect(),
     };
     for (start, len) in marked {
-        plot.add(&format!(
-            "<rect class='chosen' x='{:.2}' y='{:.2}' width='{w:.2}' height='{h:.2}'/>",
-            plot.px(f64::from(start)),
-            plot.py(f64::from(len) + 0.5)
-        ));
+        let corner = (plot.px(f64::from(start)), plot.py(f64::from(len) + 0.5));
+        frame(&mut plot, corner, (w, h));
     }
     let bottom = height - BOTTOM;
     for tick in ticks((0.0, count - 1.0)).into_iter().filter(|t| t.fract() == 0.0) {
@@ -87,6 +84,13 @@ pub fn least(values: &[f64]) -> usize {
     (0..values.len()).min_by(|a, b| values[*a].total_cmp(&values[*b])).unwrap_or(0)
 }
 
+/// A frame in two colours, one of which stands out from any cell for any eye.
+fn frame(plot: &mut Plot, (x, y): (f64, f64), (w, h): (f64, f64)) {
+    for class in ["behind", "chosen"] {
+        plot.add(&format!("<rect class='{class}' x='{x:.2}' y='{y:.2}' width='{w:.2}' height='{h:.2}'/>"));
+    }
+}
+
 /// What the colours mean, in the empty corner of the triangle.
 fn key(plot: &mut Plot) {
     let x = WIDTH - RIGHT - 190.0;
@@ -106,15 +110,14 @@ fn key(plot: &mut Plot) {
     ));
     plot.add(&format!(
         "<circle class='least' cx='{0}' cy='{1}' r='3.5'/><text x='{2}' y='{3}'>nearest block of its length</text>\
-         <rect class='chosen' x='{4}' y='{5}' width='12' height='10'/><text x='{2}' y='{6}'>cut</text>",
+         <text x='{2}' y='{4}'>cut</text>",
         x + 6.0,
         TOP + 53.0,
         x + 20.0,
         TOP + 57.0,
-        x,
-        TOP + 71.0,
         TOP + 80.0
     ));
+    frame(plot, (x, TOP + 71.0), (12.0, 10.0));
 }
 
 pub fn layers_text(start: usize, len: usize) -> String {

@@ -3,8 +3,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::{Error, Oracle, Result, Tell};
-use crate::job::report::Cost;
+use super::{Error, Measured, Oracle, Result, Tell};
+use crate::job::report::{Ablation, Cost};
 use crate::job::spec::DamageSpec;
 
 /// A set of layers left out (ascending), and how many windows it is measured on.
@@ -15,7 +15,7 @@ type Question = (Vec<u32>, usize);
 pub struct Meter<'a> {
     oracle: &'a mut dyn Oracle,
     most: Cost,
-    known: HashMap<Question, f64>,
+    known: HashMap<Question, Measured>,
     /// What the present strategy has asked for.
     asked: HashSet<Question>,
     cost: Cost,
@@ -42,6 +42,16 @@ impl<'a> Meter<'a> {
             planned: 0,
             looked_up: 0,
         }
+    }
+
+    /// Takes the damage of leaving out each single layer, in order, as measured on all windows; none where it was not.
+    pub fn knowing(mut self, ablation: &[Ablation]) -> Self {
+        let windows = self.windows();
+        let single = |(layer, a): (usize, &Ablation)| {
+            ((vec![layer as u32], windows), Measured { damage: a.damage, stderr: a.stderr })
+        };
+        self.known.extend(ablation.iter().enumerate().map(single));
+        self
     }
 
     /// The next strategy: nothing asked, nothing spent. `task` is what its progress is called.
@@ -99,7 +109,7 @@ impl<'a> Meter<'a> {
         tell(&self.task, self.looked_up, self.planned.max(self.looked_up))?;
         Ok(questions
             .iter()
-            .map(|q| if self.asked.contains(q) { self.known.get(q).copied() } else { None })
+            .map(|q| if self.asked.contains(q) { self.known.get(q).map(|known| known.damage) } else { None })
             .collect())
     }
 
@@ -111,20 +121,20 @@ impl<'a> Meter<'a> {
             self.cost.evaluations += 1;
             self.cost.tokens += self.oracle.tokens(windows);
         }
-        self.damage(set, tell)
+        Ok(self.damage(set, tell)?.damage)
     }
 
     /// The same beside the search and its cost.
-    pub fn damage(&mut self, set: &[u32], tell: Tell) -> Result<f64> {
+    pub fn damage(&mut self, set: &[u32], tell: Tell) -> Result<Measured> {
         let windows = self.windows();
         let question = (set.to_vec(), windows);
         self.answer(std::slice::from_ref(&question), windows, tell)?;
         Ok(self.known[&question])
     }
 
-    /// Whether that is known already.
-    pub fn knows(&self, set: &[u32]) -> bool {
-        self.known.contains_key(&(set.to_vec(), self.windows()))
+    /// The same where it is known already.
+    pub fn known(&self, set: &[u32]) -> Option<Measured> {
+        self.known.get(&(set.to_vec(), self.windows())).copied()
     }
 
     /// Asks the oracle for what is not known yet, in an order in which neighbours share their first layers.
@@ -138,15 +148,15 @@ impl<'a> Meter<'a> {
         }
         let (task, before, planned) = (&self.task, self.looked_up, self.planned);
         let mut progress = |done: usize| tell(task, before + done as u64, planned.max(before + done as u64));
-        let damages = self.oracle.measure(&unknown, windows, &mut progress)?;
-        for (set, damage) in unknown.into_iter().zip(damages) {
-            if !damage.is_finite() {
+        let found = self.oracle.measure(&unknown, windows, &mut progress)?;
+        for (set, measured) in unknown.into_iter().zip(found) {
+            if !measured.damage.is_finite() {
                 return Err(Error::model(format!(
                     "without the layers {set:?} the model's loss is not finite; its values overflow in this \
                      precision: try --precision f32"
                 )));
             }
-            self.known.insert((set, windows), damage);
+            self.known.insert((set, windows), measured);
             self.looked_up += 1;
         }
         Ok(())

@@ -12,6 +12,14 @@ use super::{Error, Result};
 use crate::job::report::{Candidate, Compared, Considered, Cost, LayerProfile, LayerSelection, Step};
 use crate::job::spec::{PruneSpec, Strategy};
 
+/// How much worse the model gets without some of its layers, and the standard error of that over windows (paired
+/// with the intact model's); 0 where it is not known.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Measured {
+    pub damage: f64,
+    pub stderr: f64,
+}
+
 /// Knows how much worse the model gets without some of its layers.
 pub trait Oracle {
     /// Windows there are to measure on: a search may ask for the first few of them.
@@ -29,7 +37,7 @@ pub trait Oracle {
         sets: &[Vec<u32>],
         windows: usize,
         tell: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f64>>;
+    ) -> Result<Vec<Measured>>;
 }
 
 /// What is measured for the strategies that a spec names; see [`PruneSpec::measures_damage`].
@@ -44,7 +52,8 @@ pub struct Oracles<'a> {
 /// Hears the name of a search, the sets it has looked at, and how many they will be at most.
 pub type Tell<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<()>;
 
-/// Chooses the layers to drop.
+/// Chooses the layers to drop. The damage of single layers is not measured again where the profile has it: its ablation
+/// must then have been measured on the windows of `oracles.damage`.
 ///
 /// # Errors
 /// A spec error when the model has too few layers for what is asked, and whatever ends the measuring.
@@ -59,7 +68,7 @@ pub fn select(
         profile,
         spec,
         seed,
-        damage: oracles.damage.map(|oracle| Meter::new(oracle, &spec.damage)),
+        damage: oracles.damage.map(|oracle| Meter::new(oracle, &spec.damage).knowing(&profile.ablation)),
         accuracy: oracles.accuracy.map(|oracle| Meter::new(oracle, &spec.damage)),
     };
     let decided = chooser.run(spec.strategy, tell)?;
@@ -246,6 +255,7 @@ impl Chooser<'_> {
                 strategies,
                 dropped,
                 damage,
+                stderr: 0.0,
                 cost: damage.map_or(Cost::default(), |_| price),
                 why: String::new(),
             })
@@ -254,6 +264,9 @@ impl Chooser<'_> {
         considered.sort_by(|a, b| search::better((known(a), &a.dropped), (known(b), &b.dropped)));
         let mut found = Found::settled(meter, vec![considered[0].dropped.clone()], Vec::new(), tell)?;
         explain(&mut considered, found.score);
+        for cut in considered.iter_mut().filter(|cut| cut.damage.is_some()) {
+            cut.stderr = meter.known(&cut.dropped).map_or(0.0, |measured| measured.stderr);
+        }
         found.considered = considered;
         Ok(found)
     }
@@ -285,8 +298,9 @@ impl Chooser<'_> {
         let mut path = Vec::new();
         if let Some(meter) = &mut self.damage {
             for dropped in &found.path {
-                if whole || dropped == found.dropped() || meter.knows(dropped) {
-                    path.push(Step { dropped: dropped.clone(), damage: meter.damage(dropped, tell)? });
+                if whole || dropped == found.dropped() || meter.known(dropped).is_some() {
+                    let Measured { damage, stderr } = meter.damage(dropped, tell)?;
+                    path.push(Step { dropped: dropped.clone(), damage, stderr });
                 }
             }
         }
@@ -294,6 +308,7 @@ impl Chooser<'_> {
             strategy,
             dropped: found.dropped().to_vec(),
             damage: path.last().map(|step| step.damage),
+            stderr: path.last().map_or(0.0, |step| step.stderr),
             path,
             cost,
             budget_exhausted,

@@ -2,6 +2,8 @@
 
 #[cfg(all(feature = "engine", feature = "service"))]
 pub mod app;
+#[cfg(feature = "engine")]
+pub mod made_up;
 #[cfg(feature = "service")]
 pub mod postgres;
 #[cfg(feature = "engine")]
