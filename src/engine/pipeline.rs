@@ -90,7 +90,7 @@ impl Run<'_> {
 
     /// All that can be known to be wrong before anything is computed.
     fn check(&self) -> Result<()> {
-        let complaints = self.local.validate_for(self.base.config().layer_count as u32);
+        let complaints = self.local.validate_for(&self.base.config().facts());
         if !complaints.is_empty() {
             let all: Vec<String> = complaints.iter().map(ToString::to_string).collect();
             return Err(Error::spec(all.join("; ")));
@@ -106,8 +106,7 @@ impl Run<'_> {
             cx.note("layers with experts are computed by candle, not by our own kernels, and several times slower");
         }
         let spec = self.local;
-        let heal =
-            spec.heal.iter().map(|HealMethod::Qlora(q)| (&q.corpus, self.heal_seq_len(q), Purpose::Heal));
+        let heal = spec.heal.iter().map(|method| (method.corpus(), self.heal_seq_len(method), Purpose::Heal));
         let eval = spec.eval.perplexity.iter().map(|c| (c, self.eval_seq_len(), Purpose::Eval));
         let calibration = (&spec.calibration.corpus, self.calibration_seq_len(), Purpose::Calibration);
         let measured = spec.prune.measures_damage() || spec.calibration.ablation;
@@ -262,17 +261,15 @@ impl Run<'_> {
         pruned: &CheckpointRef,
     ) -> Result<Recorded<Vec<HealReport>>> {
         let cx = self.cx(Stage::Heal);
-        let wound = Wound {
-            spec: self.local,
-            base: self.base.config().facts(),
-            dropped: selection.dropped.len() as u32,
-            pruned,
-        };
+        let wound = Wound { spec: self.local, base: self.base, dropped: &selection.dropped, pruned };
         let mut methods = self.local.heal.clone();
-        for HealMethod::Qlora(q) in &mut methods {
-            q.corpus = by_content(&q.corpus)?;
-            // How often progress is kept changes nothing.
-            q.checkpoint_every = None;
+        for method in &mut methods {
+            *method.corpus_mut() = by_content(method.corpus())?;
+            match method {
+                // How often progress is kept changes nothing.
+                HealMethod::Qlora(spec) => spec.checkpoint_every = None,
+                HealMethod::Rescale(_) | HealMethod::LeastSquares(_) => {}
+            }
         }
         let inputs = json!({
             // The base writes the text to heal on, where that is asked.
@@ -381,9 +378,9 @@ impl Run<'_> {
         (self.local.eval.seq_len as usize).min(self.base.config().max_position_embeddings)
     }
 
-    fn heal_seq_len(&self, spec: &crate::job::spec::QloraSpec) -> usize {
+    fn heal_seq_len(&self, method: &HealMethod) -> usize {
         let facts = self.base.config().facts();
-        spec.settings(self.local.preset, &facts, self.dropped_at_most()).seq_len as usize
+        method.settings(self.local.preset, &facts, self.dropped_at_most()).seq_len() as usize
     }
 
     fn dropped_at_most(&self) -> u32 {
