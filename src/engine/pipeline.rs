@@ -176,9 +176,11 @@ impl Run<'_> {
             "profile": profile,
             "spec": asked,
             "measured": if damage || accuracy { Some(self.damage_inputs(model_digest)?) } else { None },
+            "mended": damage && self.local.mends_streams(),
         });
         workspace.once(cx, &inputs, |_| {
-            let mut damage = if damage { Some(self.damage(cx)?) } else { None };
+            let mended = self.local.mends_streams();
+            let mut damage = if damage { Some(self.damage(mended, cx)?) } else { None };
             let mut accuracy = if accuracy { Some(self.accuracy(cx)?) } else { None };
             let oracles = Oracles {
                 damage: damage.as_mut().map(|oracle| oracle as &mut dyn Oracle),
@@ -193,7 +195,7 @@ impl Run<'_> {
 
     /// The damage of leaving out each layer by itself.
     fn ablation(&self, cx: Cx) -> Result<Vec<Ablation>> {
-        let mut oracle = self.damage(cx)?;
+        let mut oracle = self.damage(false, cx)?;
         let singles: Vec<Vec<u32>> = (0..self.base.config().layer_count as u32).map(|l| vec![l]).collect();
         let total = singles.len() as u64;
         let mut tell = |done: usize| cx.advanced("leaving out each layer", done as u64, total, "layers");
@@ -219,7 +221,7 @@ impl Run<'_> {
         }))
     }
 
-    fn damage<'a>(&self, cx: Cx<'a>) -> Result<Damage<'a>> {
+    fn damage<'a>(&self, mended: bool, cx: Cx<'a>) -> Result<Damage<'a>> {
         let spec = &self.local.prune.damage;
         let wanted = Wanted {
             seq_len: self.damage_seq_len(),
@@ -228,7 +230,7 @@ impl Run<'_> {
             seed: self.local.seed,
         };
         let windows = data::windows(self.damage_corpus(), &wanted, self.base, cx)?;
-        Damage::open(self.base, windows.ids, spec, cx)
+        Damage::open(self.base, windows.ids, spec, mended, cx)
     }
 
     fn accuracy<'a>(&self, cx: Cx<'a>) -> Result<Accuracy<'a>> {

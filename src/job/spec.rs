@@ -41,6 +41,16 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// Whether healing makes up for the size of the stream, or more, without training: then damage is measured with
+    /// that done.
+    #[must_use]
+    pub fn mends_streams(&self) -> bool {
+        self.heal.iter().any(|method| match method {
+            HealMethod::Rescale(_) | HealMethod::LeastSquares(_) => true,
+            HealMethod::Qlora(_) => false,
+        })
+    }
+
     /// Every corpus of the spec and its place, as a JSON pointer.
     pub fn corpora_mut(&mut self) -> Vec<(String, &mut Corpus)> {
         let mut all = vec![("/calibration/corpus".to_string(), &mut self.calibration.corpus)];

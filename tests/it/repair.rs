@@ -5,15 +5,17 @@ use std::path::Path;
 use candle_core::{D, Tensor};
 use safetensors::Dtype;
 use secateur::engine::chance::unit;
+use secateur::engine::damage::Damage;
 use secateur::engine::heal::backward::mean_loss;
 use secateur::engine::heal::{CANDIDATE, Case, Remedy, Windows, Wound, treat};
 use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::engine::prune::Cut;
+use secateur::engine::select::Oracle;
 use secateur::engine::workspace::Workspace;
 use secateur::job::heal::{HealSettings, LeastSquaresSettings, RescaleSettings};
 use secateur::job::progress::Stage;
 use secateur::job::report::{Block, CheckpointRef};
-use secateur::job::spec::{Corpus, HealMethod, JobSpec, WeightType};
+use secateur::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec, WeightType};
 use serde_json::{Value, json};
 
 use crate::parity::{GOLDENS, write};
@@ -265,6 +267,41 @@ fn a_fit_after_a_scaling_fits_the_scaled_stream() {
         assert!(repaired.error_after < repaired.error_before, "{repaired:?}");
         let found = bed.lacking(CANDIDATE, cut, *size);
         assert!((found - repaired.error_after).abs() < 2e-3 * found, "{found} {repaired:?}");
+    }
+}
+
+#[test]
+fn mended_damage_is_the_loss_of_the_rescaled_files() {
+    for measure in ["loss", "kl"] {
+        let mut bed = Bed::golden("llama_bias", &[1, 2]);
+        // Of one window the factor is the same whichever way it is averaged.
+        bed.windows.train.truncate(1);
+        let window = bed.windows.train[0].clone();
+        bed.treated("pruned", &[1.0], &rescale());
+        let spec: DamageSpec =
+            serde_json::from_value(json!({"measure": measure, "top_k": 1_000_000})).unwrap();
+        let measured = |mended: bool| {
+            let cx = bed.rig.cx(Stage::Select);
+            let mut oracle = Damage::open(&bed.base, vec![window.clone()], &spec, mended, cx).unwrap();
+            oracle.measure(&[vec![1, 2], vec![3]], 1, &mut |_| Ok(())).unwrap()[0]
+        };
+        let (plain, mended) = (measured(false), measured(true));
+        let log = |decoder: &Decoder| {
+            let logits = logits(decoder, &window[..window.len() - 1]);
+            let log_sum = logits.exp().unwrap().sum_keepdim(1).unwrap().log().unwrap();
+            logits.broadcast_sub(&log_sum).unwrap()
+        };
+        let (base, healed) = (log(&bed.base()), log(&bed.decoder(CANDIDATE)));
+        let gap = (&base - healed).unwrap();
+        let each = if measure == "kl" {
+            (base.exp().unwrap() * gap).unwrap().sum(1).unwrap()
+        } else {
+            let targets = Tensor::new(&window[1..], gap.device()).unwrap().unsqueeze(1).unwrap();
+            gap.gather(&targets, 1).unwrap().squeeze(1).unwrap()
+        };
+        let want = f64::from(each.mean_all().unwrap().to_scalar::<f32>().unwrap());
+        assert!((mended - want).abs() < 1e-4, "{measure}: {mended} {want}");
+        assert!((plain - want).abs() > 1e-3, "{measure}: mending changes nothing");
     }
 }
 

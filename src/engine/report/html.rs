@@ -181,11 +181,16 @@ fn choice(out: &mut String, report: &Report) {
         DamageMeasure::Loss => "the loss per token above the intact model's",
         DamageMeasure::Kl => "the divergence per token from the intact model's prediction",
     };
+    let when = if report.spec.mends_streams() {
+        "with what the cut takes from the size of the stream made up for, but before any other healing"
+    } else {
+        "before any healing"
+    };
     put(
         out,
         &format!(
-            "<section class='words'><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, before any \
-             healing: 0.1 is a tenth more perplexity.</p>",
+            "<section class='words'><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, {when}: \
+             0.1 is a tenth more perplexity.</p>",
             selection.strategy.name()
         ),
     );
