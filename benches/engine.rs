@@ -137,9 +137,9 @@ fn greedy<'a>(checkpoint: &'a Checkpoint, compute: &'a Compute, apart: bool) -> 
     let cx = Cx { stage: Stage::Select, compute, observer: &Deaf };
     let profile = profile(checkpoint, &windows[..1], &CalibrationSpec::default(), 1, cx).unwrap();
     let run = move || {
-        let damage = Damage::open(checkpoint, windows.clone(), &spec.damage, cx).unwrap();
+        let damage = Damage::open(checkpoint, windows.clone(), &spec.damage, false, cx).unwrap();
         let mut oracle: Box<dyn Oracle> = if apart { Box::new(Apart(damage)) } else { Box::new(damage) };
-        let oracles = Oracles { damage: Some(&mut *oracle), accuracy: None };
+        let oracles = Oracles { damage: Some(&mut *oracle), ..Oracles::default() };
         select(&profile, &spec, 0, oracles, &mut |_, _, _| Ok(())).unwrap().score
     };
     Work { tokens: 2 * 128, run: Box::new(run) }

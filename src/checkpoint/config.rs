@@ -221,8 +221,9 @@ impl Config {
         })
     }
 
-    /// What a healing preset needs to know.
+    /// What healing needs to know.
     pub fn facts(&self) -> ModelFacts {
+        let names = self.family.names;
         ModelFacts {
             model_type: self.family.model_type.to_owned(),
             hidden_size: self.hidden_size as u32,
@@ -230,6 +231,9 @@ impl Config {
             vocab_size: self.vocab_size as u32,
             max_position_embeddings: self.max_position_embeddings as u32,
             experts: self.experts.is_some(),
+            // Without a norm of its own a parallel MLP reads what attention's norm gives.
+            scale_free: names.attention_in.is_some() && (self.mlp_in.is_some() || self.parallel),
+            plain_mlp: names.mlp_out.is_none(),
         }
     }
 

@@ -133,7 +133,7 @@ fn walk(args: &Args, value: Value, observer: &dyn Observer) -> Result<Option<Rep
         return Err(Error::bug("a model that was fetched has no path").into());
     };
     let base = Checkpoint::open(Path::new(path))?;
-    let complaints = local.validate_for(base.config().layer_count as u32);
+    let complaints = local.validate_for(&base.config().facts());
     if !complaints.is_empty() {
         return Err(Trouble::BadSpec(complaints));
     }

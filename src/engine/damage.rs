@@ -3,13 +3,15 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::data::items::Item;
 use super::eval::loglikelihood::{Likelihood, Request, likelihoods_without, walk};
 use super::eval::tasks;
-use super::model::{Checkpoint, Decoder};
+use super::model::batch::{batches, nothing};
+use super::model::cuts::Cuts;
+use super::model::{Batch, Checkpoint, Decoder};
 use super::select::{Measured, Oracle};
 use super::{Cx, Error, Result};
 use crate::job::spec::{DamageMeasure, DamageSpec};
@@ -24,6 +26,9 @@ pub struct Damage<'a> {
     intact: HashMap<usize, Vec<f64>>,
     /// `kl`: the intact model's predictions, by window.
     predicted: Vec<Vec<Predicted>>,
+    /// By layer: how many times larger the stream leaves it than it enters, where cuts are measured with that made up
+    /// for.
+    growth: Option<Vec<f64>>,
     cx: Cx<'a>,
 }
 
@@ -39,11 +44,18 @@ struct Predicted {
 const ROWS: usize = 128;
 
 impl<'a> Damage<'a> {
-    /// Measures on `windows`.
+    /// Measures on `windows`; with `mended`, after what a cut takes from the size of the stream has been made up for
+    /// (see [`super::heal`], `rescale`).
     ///
     /// # Errors
     /// A data error when there is no window; a model error when the weights cannot be read.
-    pub fn open(base: &Checkpoint, windows: Vec<Vec<u32>>, spec: &DamageSpec, cx: Cx<'a>) -> Result<Self> {
+    pub fn open(
+        base: &Checkpoint,
+        windows: Vec<Vec<u32>>,
+        spec: &DamageSpec,
+        mended: bool,
+        cx: Cx<'a>,
+    ) -> Result<Self> {
         let windows = windows.into_iter().filter(|window| window.len() > 1);
         let requests: Vec<Request> = windows.map(|tokens| Request { tokens, from: 1 }).collect();
         if requests.is_empty() {
@@ -51,8 +63,10 @@ impl<'a> Damage<'a> {
                 "the damage corpus gives no window of two tokens to measure on; give more text",
             ));
         }
+        let decoder = Decoder::open(base, cx.compute)?;
         Ok(Self {
-            decoder: Decoder::open(base, cx.compute)?,
+            growth: if mended { Some(growth(&decoder, &requests, cx)?) } else { None },
+            decoder,
             predicted: requests.iter().map(|_| Vec::new()).collect(),
             requests,
             measure: spec.measure,
@@ -70,7 +84,8 @@ impl<'a> Damage<'a> {
         tell: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<f64>>> {
         let requests = &self.requests[..windows];
-        let scored = likelihoods_without(&self.decoder, requests, sets, &|| self.cx.check(), tell)?;
+        let cuts = Cuts { left_out: sets, growth: self.growth.as_deref() };
+        let scored = likelihoods_without(&self.decoder, requests, cuts, &|| self.cx.check(), tell)?;
         let of_set = |of: Vec<Likelihood>| of.iter().map(|s| s.log_likelihood).collect();
         Ok(scored.into_iter().map(of_set).collect())
     }
@@ -92,7 +107,8 @@ impl<'a> Damage<'a> {
             }
             Ok(())
         };
-        walk(&self.decoder, requests, sets, &|| self.cx.check(), tell, &mut score)?;
+        let cuts = Cuts { left_out: sets, growth: self.growth.as_deref() };
+        walk(&self.decoder, requests, cuts, &|| self.cx.check(), tell, &mut score)?;
         Ok(sums)
     }
 
@@ -107,7 +123,8 @@ impl<'a> Damage<'a> {
             places.iter().zip(all).for_each(|((request, _), one)| predicted[*request].push(one));
             Ok(())
         };
-        walk(&self.decoder, &requests, &[&[]], &|| self.cx.check(), &mut |_| Ok(()), &mut score)?;
+        let intact = Cuts::plain(&[&[]]);
+        walk(&self.decoder, &requests, intact, &|| self.cx.check(), &mut |_| Ok(()), &mut score)?;
         for (i, predicted) in missing.into_iter().zip(predicted) {
             self.predicted[i] = predicted;
         }
@@ -177,6 +194,29 @@ fn over_windows(lost: &[f64], tokens: &[f64]) -> Measured {
     let squares: f64 = lost.iter().zip(tokens).map(|(lost, tokens)| (lost - damage * tokens).powi(2)).sum();
     let stderr = if count > 1.0 { (squares * count / (count - 1.0)).sqrt() / all } else { 0.0 };
     Measured { damage, stderr }
+}
+
+/// By layer: the sum of absolute values of the streams that leave it, relative to those that enter.
+fn growth(decoder: &Decoder, requests: &[Request], cx: Cx) -> Result<Vec<f64>> {
+    let texts: Vec<&[u32]> = requests.iter().map(|request| request.tokens.as_slice()).collect();
+    let parts = batches(&texts, decoder.rows_at_once(), usize::MAX, nothing);
+    let batches: Vec<Batch> = parts.into_iter().map(|part| Batch::of(&texts[part])).collect();
+    let passes: Vec<_> = batches.iter().map(|batch| decoder.pass(batch)).collect();
+    let layers: Vec<usize> = (0..decoder.config().layer_count).collect();
+    let mut sizes = vec![0.0; layers.len() + 1];
+    let size = |x: &Tensor| -> Result<f64> {
+        let rows: Vec<f32> = x.abs()?.to_dtype(DType::F32)?.sum(1)?.to_vec1()?;
+        Ok(rows.iter().map(|v| f64::from(*v)).sum())
+    };
+    let mut streams = decoder.streams(&batches)?;
+    for batch in 0..streams.len() {
+        sizes[0] += size(&streams.get(batch)?)?;
+    }
+    decoder.carry(&mut streams, &passes, &layers, |layer, _, x| {
+        sizes[layer + 1] += size(x)?;
+        cx.check()
+    })?;
+    Ok(sizes.windows(2).map(|pair| pair[1] / pair[0].max(f64::MIN_POSITIVE)).collect())
 }
 
 /// What `measure` gives each window (the more, the better) with the intact model, and what each of `sets` loses of
@@ -279,7 +319,8 @@ impl<'a> Accuracy<'a> {
         tell: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Vec<f64>>> {
         let requests = &self.requests[..self.ends[count - 1]];
-        let scored = likelihoods_without(&self.decoder, requests, sets, &|| self.cx.check(), tell)?;
+        let cuts = Cuts::plain(sets);
+        let scored = likelihoods_without(&self.decoder, requests, cuts, &|| self.cx.check(), tell)?;
         let right = |scored: &Vec<Likelihood>| {
             let results = tasks::judged(&self.items[..count], scored)?;
             Ok(results.iter().map(|result| f64::from(u8::from(result.correct))).collect())

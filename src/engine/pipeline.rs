@@ -90,7 +90,7 @@ impl Run<'_> {
 
     /// All that can be known to be wrong before anything is computed.
     fn check(&self) -> Result<()> {
-        let complaints = self.local.validate_for(self.base.config().layer_count as u32);
+        let complaints = self.local.validate_for(&self.base.config().facts());
         if !complaints.is_empty() {
             let all: Vec<String> = complaints.iter().map(ToString::to_string).collect();
             return Err(Error::spec(all.join("; ")));
@@ -109,7 +109,7 @@ impl Run<'_> {
         let some =
             |seq_len, purpose| Wanted { seq_len, at_most: None, insisted_by: None, purpose, seed: spec.seed };
         let heal = spec.heal.iter();
-        let heal = heal.map(|HealMethod::Qlora(q)| (&q.corpus, some(self.heal_seq_len(q), Purpose::Heal)));
+        let heal = heal.map(|method| (method.corpus(), some(self.heal_seq_len(method), Purpose::Heal)));
         let eval = spec.eval.perplexity.iter().map(|c| (c, some(self.eval_seq_len(), Purpose::Eval)));
         let measured = spec.prune.measures_damage() || spec.calibration.ablation;
         let damage = measured.then(|| (self.damage_corpus(), self.damage_wanted()));
@@ -173,12 +173,17 @@ impl Run<'_> {
             "profile": profile,
             "spec": asked,
             "measured": if damage || accuracy { Some(self.damage_inputs(model_digest)?) } else { None },
+            "mended": damage && self.local.mends_streams(),
         });
         workspace.once(cx, &inputs, |_| {
-            let mut damage = if damage { Some(self.damage(workspace, model_digest, cx)?) } else { None };
+            let mended = self.local.mends_streams();
+            let mut damage =
+                if damage { Some(self.damage(workspace, model_digest, mended, cx)?) } else { None };
             let mut accuracy = if accuracy { Some(self.accuracy(cx)?) } else { None };
             let oracles = Oracles {
                 damage: damage.as_mut().map(|oracle| oracle as &mut dyn Oracle),
+                // The ablation mends nothing.
+                known: if mended { &[] } else { &profile.ablation },
                 accuracy: accuracy.as_mut().map(|oracle| oracle as &mut dyn Oracle),
             };
             let mut tell = |search: &str, done: u64, total: u64| {
@@ -213,7 +218,7 @@ impl Run<'_> {
 
     /// The damage of leaving out each layer by itself.
     fn ablation(&self, workspace: &Workspace, model_digest: &str, cx: Cx) -> Result<Vec<Ablation>> {
-        let mut oracle = self.damage(workspace, model_digest, cx)?;
+        let mut oracle = self.damage(workspace, model_digest, false, cx)?;
         let singles: Vec<Vec<u32>> = (0..self.base.config().layer_count as u32).map(|l| vec![l]).collect();
         let total = singles.len() as u64;
         let mut tell = |done: usize| cx.advanced("leaving out each layer", done as u64, total, "layers");
@@ -239,10 +244,16 @@ impl Run<'_> {
         }))
     }
 
-    fn damage<'a>(&self, workspace: &Workspace, model_digest: &str, cx: Cx<'a>) -> Result<Damage<'a>> {
+    fn damage<'a>(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        mended: bool,
+        cx: Cx<'a>,
+    ) -> Result<Damage<'a>> {
         let (corpus, wanted) = (self.damage_corpus(), self.damage_wanted());
         let windows = self.windows(workspace, model_digest, corpus, &wanted, cx)?;
-        Damage::open(self.base, windows.ids, &self.local.prune.damage, cx)
+        Damage::open(self.base, windows.ids, &self.local.prune.damage, mended, cx)
     }
 
     fn accuracy<'a>(&self, cx: Cx<'a>) -> Result<Accuracy<'a>> {
@@ -275,17 +286,15 @@ impl Run<'_> {
         pruned: &CheckpointRef,
     ) -> Result<Recorded<Vec<HealReport>>> {
         let cx = self.cx(Stage::Heal);
-        let wound = Wound {
-            spec: self.local,
-            base: self.base.config().facts(),
-            dropped: selection.dropped.len() as u32,
-            pruned,
-        };
+        let wound = Wound { spec: self.local, base: self.base, dropped: &selection.dropped, pruned };
         let mut methods = self.local.heal.clone();
-        for HealMethod::Qlora(q) in &mut methods {
-            q.corpus = by_content(&q.corpus)?;
-            // How often progress is kept changes nothing.
-            q.checkpoint_every = None;
+        for method in &mut methods {
+            *method.corpus_mut() = by_content(method.corpus())?;
+            match method {
+                // How often progress is kept changes nothing.
+                HealMethod::Qlora(spec) => spec.checkpoint_every = None,
+                HealMethod::Rescale(_) | HealMethod::LeastSquares(_) => {}
+            }
         }
         let inputs = json!({
             // The base writes the text to heal on, where that is asked.
@@ -421,9 +430,9 @@ impl Run<'_> {
         (self.local.eval.seq_len as usize).min(self.base.config().max_position_embeddings)
     }
 
-    fn heal_seq_len(&self, spec: &crate::job::spec::QloraSpec) -> usize {
+    fn heal_seq_len(&self, method: &HealMethod) -> usize {
         let facts = self.base.config().facts();
-        spec.settings(self.local.preset, &facts, self.dropped_at_most()).seq_len as usize
+        method.settings(self.local.preset, &facts, self.dropped_at_most()).seq_len() as usize
     }
 
     fn dropped_at_most(&self) -> u32 {

@@ -5,6 +5,7 @@
 //! engine all use these very types; there are no twins to keep in step.
 
 pub mod complaint;
+pub mod heal;
 pub mod preset;
 pub mod progress;
 pub mod prune;

@@ -18,6 +18,10 @@ pub struct ModelFacts {
     pub max_position_embeddings: u32,
     /// Has layers with experts, which carry no adapters.
     pub experts: bool,
+    /// All that reads the residual stream norms it first: its size is nothing to it.
+    pub scale_free: bool,
+    /// What the MLP gives joins the stream as it is, without a norm of its own.
+    pub plain_mlp: bool,
 }
 
 /// QLoRA with nothing left open: what a heal stage really runs.

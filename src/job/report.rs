@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::preset::QloraSettings;
+use super::heal::HealSettings;
 use super::progress::Stage;
 use super::spec::{JobSpec, Strategy, TokenPosition, Zones};
 
@@ -21,6 +21,19 @@ impl Block {
     #[must_use]
     pub const fn layers(self) -> Range<u32> {
         self.start..self.start + self.len
+    }
+
+    /// The blocks that `layers`, ascending, are.
+    #[must_use]
+    pub fn runs(layers: &[u32]) -> Vec<Self> {
+        let mut runs: Vec<Self> = Vec::new();
+        for layer in layers {
+            match runs.last_mut() {
+                Some(run) if run.start + run.len == *layer => run.len += 1,
+                Some(_) | None => runs.push(Self { start: *layer, len: 1 }),
+            }
+        }
+        runs
     }
 }
 
@@ -267,23 +280,41 @@ pub struct LossPoint {
     pub learning_rate: f64,
 }
 
-/// What healing did (part of `report.json`).
+/// What one method of healing did (part of `report.json`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct HealReport {
     pub method: String,
-    pub settings: QloraSettings,
-    /// Trained parameters.
+    pub settings: HealSettings,
+    /// Trained parameters; 0 where nothing is trained.
     pub trainable_parameters: u64,
+    /// Tokens it worked on.
     pub tokens: u64,
+    /// Empty where nothing is trained.
     pub curve: Vec<LossPoint>,
-    /// Held-out loss per token of the pruned checkpoint, in nats.
+    /// What was done at each cut, where that is what the method does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub repaired: Vec<Repaired>,
+    /// Held-out loss per token of the checkpoint it began with, in nats.
     pub held_out_before: f64,
     /// Held-out loss per token of the healed checkpoint, measured on the written files.
     pub held_out_after: f64,
-    /// Healing made the held-out loss worse and was thrown away.
+    /// The held-out loss did not get less, and what was healed was thrown away.
     pub reverted: bool,
     /// The healed checkpoint; absent when reverted.
     pub checkpoint: Option<CheckpointRef>,
+}
+
+/// What was done at one cut without training.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Repaired {
+    /// The block that went, counted in the base model.
+    pub block: Block,
+    /// What the residual stream behind the cut is multiplied by, in effect; 1 where it is not.
+    pub factor: f64,
+    /// Mean square of what the stream behind the cut lacks of the base model's, relative to the mean square of the
+    /// latter.
+    pub error_before: f64,
+    pub error_after: f64,
 }
 
 /// Perplexity of one checkpoint on one corpus.

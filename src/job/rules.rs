@@ -1,6 +1,7 @@
 //! The rules a spec must keep, beyond its shape.
 
 use super::complaint::Complaint;
+use super::preset::ModelFacts;
 use super::spec::{
     CalibrationSpec, Corpus, DamageSpec, HealMethod, JobSpec, ModelSource, PruneAmount, QloraSpec, Strategy,
     TaskSpec,
@@ -28,9 +29,7 @@ impl JobSpec {
         self.check_prune(&mut out);
         self.check_strategies(&mut out);
         check_damage(&self.prune.damage, &mut out);
-        for (i, HealMethod::Qlora(q)) in self.heal.iter().enumerate() {
-            check_qlora(q, &format!("/heal/{i}"), &mut out);
-        }
+        self.check_heal(&mut out);
         self.check_eval(&mut out);
         if !self.export.gguf.is_empty() {
             out.add("/export/gguf", "GGUF export is not available in this version; leave it out");
@@ -38,10 +37,15 @@ impl JobSpec {
         out.0
     }
 
-    /// All that is wrong with the spec for a model of `layer_count` layers.
+    /// All that is wrong with the spec for such a model.
     #[must_use]
-    pub fn validate_for(&self, layer_count: u32) -> Vec<Complaint> {
+    pub fn validate_for(&self, model: &ModelFacts) -> Vec<Complaint> {
         let mut out = Complaints::default();
+        let layer_count = model.layer_count;
+        for (i, refused) in self.heal.iter().enumerate().filter_map(|(i, h)| Some((i, h.refused_for(model)?)))
+        {
+            out.add(&format!("/heal/{i}/method"), refused);
+        }
         let p = &self.prune;
         if let (Strategy::Explicit, Some(layers)) = (p.strategy, &p.layers) {
             for (i, l) in layers.iter().enumerate().filter(|(_, l)| **l >= layer_count) {
@@ -157,6 +161,44 @@ impl JobSpec {
         }
     }
 
+    fn check_heal(&self, out: &mut Complaints) {
+        for (i, method) in self.heal.iter().enumerate() {
+            let at = format!("/heal/{i}");
+            check_corpus(method.corpus(), &format!("{at}/corpus"), out);
+            let (samples, seq_len) = match method {
+                HealMethod::Qlora(spec) => {
+                    check_qlora(spec, &at, out);
+                    continue;
+                }
+                HealMethod::Rescale(spec) => (spec.samples, spec.seq_len),
+                HealMethod::LeastSquares(spec) => {
+                    if !(spec.ridge.is_finite() && spec.ridge >= 0.0) {
+                        out.add(&format!("{at}/ridge"), "must be 0 or more, e.g. 0.01");
+                    }
+                    self.check_below_cut(out);
+                    (spec.samples, spec.seq_len)
+                }
+            };
+            out.range(&format!("{at}/samples"), samples, 1, MAX_COUNT);
+            out.range(&format!("{at}/seq_len"), seq_len, 2, MAX_SEQ_LEN);
+        }
+    }
+
+    /// `least_squares` changes the layer below each cut: there must be one.
+    fn check_below_cut(&self, out: &mut Complaints) {
+        const WHY: &str = "least_squares changes the layer below the cut";
+        let p = &self.prune;
+        let named = p.layers.iter().flatten().position(|layer| *layer == 0);
+        if let (Strategy::Explicit, Some(i)) = (p.strategy, named) {
+            out.add(
+                &format!("/prune/layers/{i}"),
+                format!("{WHY}, and below layer 0 there is none; keep layer 0"),
+            );
+        } else if p.strategy != Strategy::Explicit && p.keep_first == 0 {
+            out.add("/prune/keep_first", format!("{WHY}: give at least 1, so that one stays there"));
+        }
+    }
+
     fn check_eval(&self, out: &mut Complaints) {
         out.range("/eval/seq_len", self.eval.seq_len, 2, MAX_SEQ_LEN);
         for (i, corpus) in self.eval.perplexity.iter().enumerate() {
@@ -169,7 +211,7 @@ impl JobSpec {
 
     /// Healing on the text that judges the healing would flatter it.
     fn check_leak(&self, corpus: &Corpus, at: &str, out: &mut Complaints) {
-        let healed_on = self.heal.iter().any(|HealMethod::Qlora(q)| q.corpus == *corpus);
+        let healed_on = self.heal.iter().any(|method| method.corpus() == corpus);
         if healed_on && !matches!(corpus, Corpus::Model { .. }) {
             out.add(at, "is the text the job heals on; measure on text that healing never sees");
         }
@@ -259,7 +301,6 @@ fn check_tasks(tasks: &[TaskSpec], at: &str, out: &mut Complaints) {
 }
 
 fn check_qlora(q: &QloraSpec, at: &str, out: &mut Complaints) {
-    check_corpus(&q.corpus, &format!("{at}/corpus"), out);
     let counts = [
         ("rank", q.rank, 1, 1024),
         ("steps", q.steps, 1, MAX_COUNT),

@@ -4,11 +4,10 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use utoipa::openapi::schema::{ObjectBuilder, Type};
-use utoipa::openapi::{RefOr, Schema};
-use utoipa::{PartialSchema, ToSchema};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
+pub use super::heal::{BaseBits, HealMethod, LeastSquaresSpec, QloraSpec, RescaleSpec, Schedule};
 pub use super::prune::{DamageMeasure, DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
 
 /// One pruning job, as a person writes it. Everything but `model` and
@@ -42,15 +41,24 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// Whether healing makes up for the size of the stream, or more, without training: then damage is measured with
+    /// that done.
+    #[must_use]
+    pub fn mends_streams(&self) -> bool {
+        self.heal.iter().any(|method| match method {
+            HealMethod::Rescale(_) | HealMethod::LeastSquares(_) => true,
+            HealMethod::Qlora(_) => false,
+        })
+    }
+
     /// Every corpus of the spec and its place, as a JSON pointer.
     pub fn corpora_mut(&mut self) -> Vec<(String, &mut Corpus)> {
         let mut all = vec![("/calibration/corpus".to_string(), &mut self.calibration.corpus)];
         let damage = &mut self.prune.damage;
         all.extend(damage.corpus.as_mut().map(|corpus| ("/prune/damage/corpus".to_string(), corpus)));
         all.extend(items_of(&mut damage.tasks, "/prune/damage/tasks"));
-        for (i, HealMethod::Qlora(qlora)) in self.heal.iter_mut().enumerate() {
-            all.push((format!("/heal/{i}/corpus"), &mut qlora.corpus));
-        }
+        let healing = self.heal.iter_mut().enumerate();
+        all.extend(healing.map(|(i, method)| (format!("/heal/{i}/corpus"), method.corpus_mut())));
         let texts = self.eval.perplexity.iter_mut().enumerate();
         all.extend(texts.map(|(i, corpus)| (format!("/eval/perplexity/{i}"), corpus)));
         all.extend(items_of(&mut self.eval.tasks, "/eval/tasks"));
@@ -210,113 +218,6 @@ pub enum Distance {
     Angular,
     /// 1 − cos, in `[0, 2]`.
     Cosine,
-}
-
-/// One way to close the wound.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "method", rename_all = "snake_case")]
-pub enum HealMethod {
-    /// Low-rank adapters over a frozen quantised base, merged into the original weights.
-    Qlora(QloraSpec),
-}
-
-/// What is asked of QLoRA; unset values come from the preset
-/// ([`super::preset`]), which needs to know the model.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct QloraSpec {
-    /// Text to heal on. It must not be a text the job is evaluated on.
-    #[serde(default)]
-    pub corpus: Corpus,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rank: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub alpha: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dropout: Option<f64>,
-    /// Linear layers that get an adapter, by name: `q_proj`, …, `down_proj`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub targets: Option<Vec<String>>,
-    #[serde(default)]
-    pub bits: BaseBits,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub learning_rate: Option<f64>,
-    #[serde(default)]
-    pub schedule: Schedule,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub warmup_steps: Option<u32>,
-    /// Optimizer steps.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub steps: Option<u32>,
-    /// Windows per optimizer step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub batch_size: Option<u32>,
-    /// Tokens per window.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub seq_len: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub weight_decay: Option<f64>,
-    /// Steps between resume points.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub checkpoint_every: Option<u32>,
-}
-
-/// Bits per weight of the frozen base while adapters are trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u8", into = "u8")]
-pub enum BaseBits {
-    /// NF4 with double quantisation (arXiv 2305.14314).
-    #[default]
-    Four,
-    /// Blockwise absmax int8.
-    Eight,
-    /// The checkpoint's own 16-bit values.
-    Sixteen,
-}
-
-impl TryFrom<u8> for BaseBits {
-    type Error = String;
-    fn try_from(bits: u8) -> Result<Self, String> {
-        match bits {
-            4 => Ok(Self::Four),
-            8 => Ok(Self::Eight),
-            16 => Ok(Self::Sixteen),
-            _ => Err(format!("bits must be 4, 8 or 16, not {bits}")),
-        }
-    }
-}
-
-impl From<BaseBits> for u8 {
-    fn from(bits: BaseBits) -> Self {
-        match bits {
-            BaseBits::Four => 4,
-            BaseBits::Eight => 8,
-            BaseBits::Sixteen => 16,
-        }
-    }
-}
-
-/// The numbers themselves, which a derive over the names cannot know.
-impl PartialSchema for BaseBits {
-    fn schema() -> RefOr<Schema> {
-        ObjectBuilder::new()
-            .schema_type(Type::Integer)
-            .description(Some("Bits per weight of the frozen base while adapters are trained."))
-            .enum_values(Some([4, 8, 16]))
-            .into()
-    }
-}
-
-impl ToSchema for BaseBits {}
-
-/// How the learning rate moves after warm-up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    #[default]
-    Cosine,
-    Linear,
-    Constant,
 }
 
 /// What base, pruned and healed checkpoint are measured on.

@@ -94,6 +94,38 @@ fn a_text_with_fewer_windows_than_were_asked_for() {
 }
 
 #[test]
+fn a_repair_that_cannot_work() {
+    let bench = bench();
+    let with = |method: Value| bench.spec_with("/heal", json!([method]));
+    let below = with(json!({"method": "least_squares"}));
+    refused(&bench, &below, 2, &["/prune/keep_first", "layer below the cut", "at least 1"]);
+    let mut explicit = below.clone();
+    explicit["prune"] = json!({"strategy": "explicit", "layers": [3, 0]});
+    refused(&bench, &explicit, 2, &["/prune/layers/1", "below layer 0 there is none"]);
+    let mut ridge = with(json!({"method": "least_squares", "ridge": -1.0}));
+    ridge["prune"]["keep_first"] = json!(1);
+    refused(&bench, &ridge, 2, &["/heal/0/ridge", "0 or more"]);
+    refused(&bench, &with(json!({"method": "rescale", "samples": 0})), 2, &["/heal/0/samples", "from 1"]);
+    refused(&bench, &with(json!({"method": "rescale", "rank": 8})), 2, &["/heal/0/rank", "`samples`"]);
+    refused(
+        &bench,
+        &with(json!({"method": "resacle"})),
+        2,
+        &["/heal/0/method", "\"rescale\"", "\"least_squares\""],
+    );
+    let text = json!({"from": "path", "path": bench.path("held_out.txt")});
+    refused(
+        &bench,
+        &with(json!({"method": "rescale", "corpus": text})),
+        2,
+        &["/eval/perplexity/0", "heals on"],
+    );
+    fs::write(bench.path("short.txt"), "too short").unwrap();
+    let short = json!({"method": "rescale", "corpus": {"from": "path", "path": bench.path("short.txt")}});
+    refused(&bench, &with(short), 1, &["short.txt", "9 tokens", "seq_len"]);
+}
+
+#[test]
 fn all_complaints_about_a_spec_at_once_each_with_its_place() {
     let bench = bench();
     let mut spec = bench.spec();

@@ -40,7 +40,7 @@ impl<'a> Subject<'a> {
         let spec = DamageSpec { measure: DamageMeasure::Kl, ..DamageSpec::default() };
         let profile =
             profile(base, &windows(4, 24), &CalibrationSpec::default(), 1, rig.cx(Stage::Profile)).unwrap();
-        let damage = Damage::open(base, windows(3, 24), &spec, rig.cx(Stage::Select)).unwrap();
+        let damage = Damage::open(base, windows(3, 24), &spec, false, rig.cx(Stage::Select)).unwrap();
         Self { profile, damage }
     }
 
@@ -50,7 +50,7 @@ impl<'a> Subject<'a> {
         }))
         .unwrap();
         let oracle = &mut self.damage as &mut dyn Oracle;
-        let oracles = Oracles { damage: spec.measures_damage().then_some(oracle), accuracy: None };
+        let oracles = Oracles { damage: spec.measures_damage().then_some(oracle), ..Oracles::default() };
         select(&self.profile, &spec, 0, oracles, &mut |_, _, _| Ok(())).unwrap()
     }
 

@@ -18,7 +18,7 @@ use crate::support::tiny::Tiny;
 const TOLERANCE: f64 = 1e-5;
 
 fn open<'a>(rig: &'a Rig, base: &Checkpoint, windows: Vec<Vec<u32>>) -> Damage<'a> {
-    Damage::open(base, windows, &DamageSpec::default(), rig.cx(Stage::Select)).unwrap()
+    Damage::open(base, windows, &DamageSpec::default(), false, rig.cx(Stage::Select)).unwrap()
 }
 
 fn measured(oracle: &mut dyn Oracle, sets: &[&[u32]], windows: usize) -> Vec<Measured> {
@@ -94,7 +94,8 @@ fn its_standard_error_is_that_of_the_differences_window_by_window() {
         // The divergence is a difference already.
         let divergence = |windows: &[Vec<u32>]| {
             let spec = DamageSpec { measure: DamageMeasure::Kl, ..DamageSpec::default() };
-            let mut oracle = Damage::open(&base, windows.to_vec(), &spec, rig.cx(Stage::Select)).unwrap();
+            let mut oracle =
+                Damage::open(&base, windows.to_vec(), &spec, false, rig.cx(Stage::Select)).unwrap();
             measured(&mut oracle, &[set], windows.len())[0]
         };
         let each: Vec<f64> = windows.iter().map(|w| divergence(std::slice::from_ref(w)).damage).collect();
@@ -164,7 +165,7 @@ fn divergence_from_the_intact_model_is_that_of_all_its_predictions() {
     let windows = windows(3, 24);
     let divergence = |top_k: u32, set: &[u32]| {
         let spec = DamageSpec { measure: DamageMeasure::Kl, top_k, ..DamageSpec::default() };
-        let mut oracle = Damage::open(&base, windows.clone(), &spec, rig.cx(Stage::Select)).unwrap();
+        let mut oracle = Damage::open(&base, windows.clone(), &spec, false, rig.cx(Stage::Select)).unwrap();
         measure(&mut oracle, &[set], 3)[0]
     };
     let intact = Decoder::open(&base, &rig.compute).unwrap();
@@ -202,6 +203,6 @@ fn a_corpus_without_a_window_of_two_tokens_is_refused() {
     let rig = Rig::new();
     let base = rig.base(&Tiny::llama());
     let opened =
-        Damage::open(&base, vec![vec![1], Vec::new()], &DamageSpec::default(), rig.cx(Stage::Select));
+        Damage::open(&base, vec![vec![1], Vec::new()], &DamageSpec::default(), false, rig.cx(Stage::Select));
     assert!(opened.err().unwrap().to_string().contains("two tokens"));
 }

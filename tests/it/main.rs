@@ -49,6 +49,8 @@ mod profile;
 #[cfg(feature = "engine")]
 mod prune;
 #[cfg(feature = "engine")]
+mod repair;
+#[cfg(feature = "engine")]
 mod report;
 #[cfg(feature = "engine")]
 mod run;

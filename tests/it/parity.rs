@@ -39,7 +39,7 @@ fn compute() -> Compute {
 }
 
 /// Writes a model directory of the golden's weights with the config in one of its forms.
-fn write(name: &str, form: &str, dir: &Path) {
+pub fn write(name: &str, form: &str, dir: &Path) {
     let bytes = fs::read(path(&format!("{name}.safetensors"))).unwrap();
     let all = SafeTensors::deserialize(&bytes).unwrap();
     let weights: Vec<_> = all.tensors().into_iter().filter(|(n, _)| !n.starts_with("golden.")).collect();
@@ -220,7 +220,7 @@ macro_rules! goldens {
     ($($name:ident)*) => {
         $(#[test] fn $name() { agrees(stringify!($name)); })*
 
-        const GOLDENS: &[&str] = &[$(stringify!($name)),*];
+        pub const GOLDENS: &[&str] = &[$(stringify!($name)),*];
     };
 }
 

@@ -10,7 +10,7 @@ use secateur::job::report::{
     LayerSelection, LensReading, LossPoint, Perplexity, Report, Scores, Speed, StageSummary, Step, TaskScore,
     Zone,
 };
-use secateur::job::spec::{JobSpec, Preset, QloraSpec, Strategy};
+use secateur::job::spec::{HealMethod, JobSpec, Preset, QloraSpec, Strategy};
 use serde_json::json;
 
 use crate::support::made_up;
@@ -55,11 +55,17 @@ fn profile(layer_count: u32) -> LayerProfile {
     LayerProfile { stderr, ..made_up::profile(layer_count, across) }
 }
 
-fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
-    let spec = json!({
-        "name": name, "model": {"from": "path", "path": "model"}, "prune": {"amount": {"layers": 6}},
-        "eval": {"perplexity": [{"from": "path", "path": "garden.txt"}], "tasks": []}
-    });
+fn checkpoint(path: &str) -> CheckpointRef {
+    CheckpointRef {
+        path: path.into(),
+        digest: "ab".repeat(32),
+        layer_count: 24,
+        size_bytes: 1,
+        parameters: 1,
+    }
+}
+
+fn healing() -> HealReport {
     let facts = ModelFacts {
         model_type: "llama".into(),
         hidden_size: 576,
@@ -67,30 +73,37 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
         vocab_size: 49_152,
         max_position_embeddings: 8192,
         experts: false,
-    };
-    let checkpoint = |path: &str| CheckpointRef {
-        path: path.into(),
-        digest: "ab".repeat(32),
-        layer_count: 24,
-        size_bytes: 1,
-        parameters: 1,
+        scale_free: true,
+        plain_mlp: true,
     };
     let curve = (0..120u32).map(|step| LossPoint {
         step,
         loss: 3.1 + 1.2 * (-f64::from(step) / 25.0).exp() + 0.1 * f64::from(step * 7 % 13) / 13.0,
         learning_rate: 3e-4,
     });
-    let healing = HealReport {
+    HealReport {
         method: "qlora".into(),
-        settings: QloraSpec { steps: Some(120), ..QloraSpec::default() }.settings(Preset::Paper, &facts, 6),
+        settings: HealMethod::Qlora(QloraSpec { steps: Some(120), ..QloraSpec::default() }).settings(
+            Preset::Paper,
+            &facts,
+            6,
+        ),
         trainable_parameters: 1_234_567,
         tokens: 250_000,
         curve: curve.collect(),
+        repaired: Vec::new(),
         held_out_before: 4.05,
         held_out_after: 3.21,
         reverted: false,
         checkpoint: Some(checkpoint("healed")),
-    };
+    }
+}
+
+fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
+    let spec = json!({
+        "name": name, "model": {"from": "path", "path": "model"}, "prune": {"amount": {"layers": 6}},
+        "eval": {"perplexity": [{"from": "path", "path": "garden.txt"}], "tasks": []}
+    });
     let profile = profile(30);
     let n = dropped.len();
     let candidates = profile.by_len[n - 1][..30 - n]
@@ -112,7 +125,7 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
         },
         profile,
         pruned: checkpoint("pruned"),
-        heal: if heal { vec![healing] } else { Vec::new() },
+        heal: if heal { vec![healing()] } else { Vec::new() },
         eval: EvalReport {
             base: scores(30, 18.7, 0.412),
             pruned: scores(24, 57.1, 0.371),

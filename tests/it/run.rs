@@ -67,6 +67,37 @@ fn a_run_leaves_every_file_of_the_contract() {
 }
 
 #[test]
+fn methods_of_healing_run_one_after_the_other_and_each_says_what_it_did() {
+    let bench = Bench::new(&Tiny::llama());
+    let corpus = json!({"from": "path", "path": bench.path("healing.txt")});
+    let mut spec = bench.spec();
+    let qlora = spec["heal"][0].clone();
+    let more = |method: &str| json!({"method": method, "corpus": corpus, "samples": 8, "seq_len": 32});
+    spec["heal"] = json!([more("rescale"), more("least_squares"), qlora]);
+    spec["prune"]["keep_first"] = json!(1);
+    bench.succeed(&spec, "out", &[]);
+    let report: Value = serde_json::from_slice(&fs::read(bench.path("out/report.json")).unwrap()).unwrap();
+    let heal = report["heal"].as_array().unwrap();
+    assert_eq!(heal.len(), 3);
+    for (heal, method) in heal.iter().zip(["rescale", "least_squares", "qlora"]) {
+        assert_eq!(heal["method"], method);
+        let (before, after) =
+            (heal["held_out_before"].as_f64().unwrap(), heal["held_out_after"].as_f64().unwrap());
+        assert_eq!(heal["reverted"], after >= before, "{heal}");
+    }
+    assert_eq!(heal[1]["settings"], json!({"samples": 8, "seq_len": 32, "ridge": 0.01}));
+    assert_eq!(heal[2]["settings"]["rank"], 4);
+    assert_eq!(heal[2]["curve"].as_array().unwrap().len(), 6);
+    assert_eq!(heal[0]["repaired"][0]["block"]["len"], 2);
+    let kept: Vec<&Value> = heal.iter().filter(|heal| heal["reverted"] == false).collect();
+    assert_eq!(bench.path("out/healed").exists(), !kept.is_empty());
+    let alone = kept.len() == 1 && kept[0]["method"] == "qlora";
+    assert_eq!(bench.path("out/adapter").exists(), alone);
+    let page = fs::read_to_string(bench.path("out/report.html")).unwrap();
+    assert!(page.contains("Healing by rescale") && page.contains("Healing by least_squares"));
+}
+
+#[test]
 fn the_same_run_again_repeats_nothing_and_changes_nothing() {
     let bench = Bench::new(&Tiny::llama());
     bench.succeed(&bench.spec(), "out", &[]);

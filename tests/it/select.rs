@@ -98,6 +98,7 @@ fn measured_by(
     let mut items = MadeUp { damage, asked: Vec::new() };
     let oracles = Oracles {
         damage: spec.measures_damage().then_some(&mut text as &mut dyn Oracle),
+        known: &profile.ablation,
         accuracy: spec.measures_accuracy().then_some(&mut items as &mut dyn Oracle),
     };
     let chosen = secateur::engine::select::select(profile, spec, seed, oracles, &mut |_, _, _| Ok(()));
@@ -516,9 +517,9 @@ fn progress_never_goes_back_nor_beyond_its_total() {
         let spec = spec(strategy, 3, 0, 1);
         let mut made_up = MadeUp { damage: &wild, asked: Vec::new() };
         let oracles = if spec.measures_damage() {
-            Oracles { damage: Some(&mut made_up), accuracy: None }
+            Oracles { damage: Some(&mut made_up), ..Oracles::default() }
         } else {
-            Oracles { damage: None, accuracy: Some(&mut made_up) }
+            Oracles { accuracy: Some(&mut made_up), ..Oracles::default() }
         };
         let mut tell = |task: &str, done: u64, total: u64| {
             assert_eq!(task, strategy.name());
@@ -534,7 +535,7 @@ fn progress_never_goes_back_nor_beyond_its_total() {
 #[test]
 fn a_search_stops_where_it_is_told_to() {
     let mut text = MadeUp { damage: &wild, asked: Vec::new() };
-    let oracles = Oracles { damage: Some(&mut text), accuracy: None };
+    let oracles = Oracles { damage: Some(&mut text), ..Oracles::default() };
     let mut tell = |_: &str, done: u64, _: u64| if done == 5 { Err(Error::Stopped) } else { Ok(()) };
     let greedy = spec(Strategy::GreedyDamage, 3, 0, 1);
     let ended = secateur::engine::select::select(&flat(10), &greedy, 0, oracles, &mut tell);
@@ -545,7 +546,7 @@ fn a_search_stops_where_it_is_told_to() {
 #[test]
 fn a_damage_that_is_no_number_names_the_layers() {
     let mut text = MadeUp { damage: &|set| if set == [4] { f64::NAN } else { 1.0 }, asked: Vec::new() };
-    let oracles = Oracles { damage: Some(&mut text), accuracy: None };
+    let oracles = Oracles { damage: Some(&mut text), ..Oracles::default() };
     let greedy = spec(Strategy::GreedyDamage, 3, 0, 1);
     let ended = secateur::engine::select::select(&flat(10), &greedy, 0, oracles, &mut |_, _, _| Ok(()));
     assert!(ended.unwrap_err().to_string().contains("[4]"));

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use crate::engine::model::batch::{Rows, batches};
-use crate::engine::model::cuts::carry_cuts;
+use crate::engine::model::cuts::{Cuts, carry_cuts};
 pub use crate::engine::model::kernel::rows::Likelihood;
 use crate::engine::model::{Batch, Decoder};
 use crate::engine::{Cx, Result};
@@ -29,7 +29,7 @@ impl Request {
 /// all items of a subject.
 pub fn likelihoods(decoder: &Decoder, requests: &[Request], task: &str, cx: Cx) -> Result<Vec<Likelihood>> {
     let mut tell = |done: usize| cx.advanced(task, done as u64, requests.len() as u64, "sequences");
-    let mut of_cuts = likelihoods_without(decoder, requests, &[&[]], &|| cx.check(), &mut tell)?;
+    let mut of_cuts = likelihoods_without(decoder, requests, Cuts::plain(&[&[]]), &|| cx.check(), &mut tell)?;
     Ok(of_cuts.remove(0))
 }
 
@@ -38,12 +38,12 @@ pub fn likelihoods(decoder: &Decoder, requests: &[Request], task: &str, cx: Cx) 
 pub fn likelihoods_without(
     decoder: &Decoder,
     requests: &[Request],
-    cuts: &[&[u32]],
+    cuts: Cuts,
     check: &dyn Fn() -> Result<()>,
     tell: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Vec<Likelihood>>> {
     let certain = Likelihood { log_likelihood: 0.0, greedy: true };
-    let mut out = vec![vec![certain; requests.len()]; cuts.len()];
+    let mut out = vec![vec![certain; requests.len()]; cuts.left_out.len()];
     let mut score = |which: &[usize], places: &[(usize, usize)], x: &Tensor| {
         let targets: Vec<u32> = places.iter().map(|(i, at)| requests[*i].tokens[*at]).collect();
         for ((request, _), token) in places.iter().zip(decoder.likelihoods(x, &targets)?) {
@@ -68,7 +68,7 @@ pub type Score<'a> = &'a mut dyn FnMut(&[usize], &[(usize, usize)], &Tensor) -> 
 pub fn walk(
     decoder: &Decoder,
     requests: &[Request],
-    cuts: &[&[u32]],
+    cuts: Cuts,
     check: &dyn Fn() -> Result<()>,
     tell: &mut dyn FnMut(usize) -> Result<()>,
     score: Score,

@@ -1,49 +1,124 @@
-//! Closing the wound: healing methods, run in the order asked. One that makes
-//! the held-out loss worse is thrown away, with a word in the report.
+//! Closing the wound: healing methods, run in the order asked, each on what the others left. A method says what is
+//! to be done to which tensors; the checkpoint that comes of it is judged on text that nothing was fitted to, and
+//! thrown away, with a word in the report, unless its loss is less.
 
 pub mod adamw;
 pub mod backward;
+mod beside;
+mod change;
+mod least_squares;
 mod peft;
 mod qlora;
+mod rescale;
 mod resume;
+mod solve;
+mod windows;
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::cmp::Ordering;
+use std::path::{Path, PathBuf};
 
-pub use qlora::{Trained, Windows, train};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
-use super::export::safetensors::{Content, Draft, Planned};
-use super::model::lora::Adapter;
+pub use qlora::{Trained, train};
+pub use windows::Windows;
+
+use self::backward::{Adapters, mean_loss};
+use self::change::Changes;
 use super::model::{Checkpoint, Decoder};
 use super::workspace::{Workspace, write_json};
-use super::{Cx, Error, Result};
-use crate::job::preset::ModelFacts;
-use crate::job::report::{CheckpointRef, HealReport};
-use crate::job::spec::{Corpus, HealMethod, JobSpec, QloraSpec};
+use super::{Cx, Result};
+use crate::job::heal::HealSettings;
+use crate::job::report::{Block, CheckpointRef, HealReport, LossPoint, Repaired};
+use crate::job::spec::{Corpus, HealMethod, JobSpec};
 
 /// Name of the healed checkpoint in a workspace.
 pub const HEALED: &str = "healed";
 /// Name of the adapter, in PEFT's layout, in a workspace.
 pub const ADAPTER: &str = "adapter";
 /// A healed checkpoint that has not been judged yet.
-const CANDIDATE: &str = "healing";
+pub const CANDIDATE: &str = "healing";
 
 /// What healing starts from.
 pub struct Wound<'a> {
     pub spec: &'a JobSpec,
     /// The model before the cut.
-    pub base: ModelFacts,
-    /// Layers cut.
-    pub dropped: u32,
+    pub base: &'a Checkpoint,
+    /// Layers cut, ascending, counted in the base.
+    pub dropped: &'a [u32],
     pub pruned: &'a CheckpointRef,
 }
 
 /// Gives at most so many token windows of a corpus: corpus, `seq_len`, windows wanted.
 pub type WindowsOf<'a> = &'a mut dyn FnMut(&Corpus, usize, usize) -> Result<Vec<Vec<u32>>>;
 
-/// Runs the methods of the spec, one on what the other left. Gives their reports and
-/// the names of what is left in the workspace: `healed` and `adapter`, or nothing when
-/// no method helped.
+/// What one method works with.
+pub struct Case<'a> {
+    pub wound: &'a Wound<'a>,
+    /// What the cut and earlier methods have left.
+    pub source: &'a Checkpoint,
+    /// By block: how many times smaller the stream of `source` is behind it than the base's, by what earlier methods
+    /// did to the layers there.
+    pub sizes: &'a [f64],
+    pub windows: &'a Windows,
+    /// A directory of the method's own, which may not be there yet and survives a killed run.
+    pub scratch: &'a Path,
+    pub cx: Cx<'a>,
+}
+
+impl Case<'_> {
+    /// The blocks that went, from the lowest on, and the layer of `source` that follows each.
+    fn cuts(&self) -> Vec<(Block, usize)> {
+        let mut gone = 0;
+        let seam = |block: Block| {
+            let seam = block.start - gone;
+            gone += block.len;
+            (block, seam as usize)
+        };
+        Block::runs(self.wound.dropped).into_iter().map(seam).collect()
+    }
+}
+
+/// What a method would do.
+pub struct Remedy {
+    changes: Changes,
+    /// As [`Case::sizes`], afterwards.
+    pub sizes: Vec<f64>,
+    /// Tokens worked on.
+    pub tokens: u64,
+    pub repaired: Vec<Repaired>,
+    pub trainable_parameters: u64,
+    pub curve: Vec<LossPoint>,
+    /// Those that `changes` merge.
+    adapters: Option<Adapters>,
+}
+
+impl Remedy {
+    /// Nothing but these changes.
+    fn new(case: &Case, changes: Changes) -> Self {
+        Self {
+            changes,
+            sizes: case.sizes.to_vec(),
+            tokens: case.windows.tokens(),
+            repaired: Vec::new(),
+            trainable_parameters: 0,
+            curve: Vec::new(),
+            adapters: None,
+        }
+    }
+}
+
+/// How things stand between two methods.
+struct Standing {
+    checkpoint: CheckpointRef,
+    sizes: Vec<f64>,
+    /// The adapter that makes `checkpoint` of the pruned one, where one alone does, built and not yet in its place.
+    adapter: Option<PathBuf>,
+}
+
+/// Runs the methods of the spec, one on what the other left. Gives their reports and the names of what is left in the
+/// workspace: `healed`, and `adapter` where `healed` is nothing but `pruned` with an adapter merged; or nothing when no
+/// method helped.
 pub fn heal(
     wound: &Wound,
     windows: WindowsOf,
@@ -53,112 +128,107 @@ pub fn heal(
 ) -> Result<(Vec<HealReport>, Vec<String>)> {
     workspace.retract(HEALED)?;
     workspace.retract(ADAPTER)?;
-    let mut current = wound.pruned.clone();
-    let mut reports = Vec::new();
-    let mut left: Vec<String> = Vec::new();
-    for (i, HealMethod::Qlora(spec)) in wound.spec.heal.iter().enumerate() {
+    let sizes = vec![1.0; Block::runs(wound.dropped).len()];
+    let mut standing = Standing { checkpoint: wound.pruned.clone(), sizes, adapter: None };
+    let mut reports: Vec<HealReport> = Vec::new();
+    for (i, method) in wound.spec.heal.iter().enumerate() {
         let scratch = scratch.join(format!("{i}"));
-        let report = qlora(wound, spec, &current, windows, workspace, &scratch, cx)?;
-        if let Some(healed) = &report.checkpoint {
-            current = healed.clone();
-            left = vec![HEALED.to_owned(), ADAPTER.to_owned()];
-        }
-        reports.push(report);
+        reports.push(tried(wound, method, &mut standing, windows, workspace, &scratch, cx)?);
+    }
+    let mut left = Vec::new();
+    if reports.iter().any(|report| !report.reverted) {
+        left.push(HEALED.to_owned());
+    }
+    if let Some(adapter) = standing.adapter {
+        workspace.publish(&adapter, ADAPTER)?;
+        left.push(ADAPTER.to_owned());
     }
     Ok((reports, left))
 }
 
-fn qlora(
+/// Runs one method, judges what it wrote, and keeps it if it is better.
+fn tried(
     wound: &Wound,
-    spec: &QloraSpec,
-    current: &CheckpointRef,
+    method: &HealMethod,
+    standing: &mut Standing,
     windows: WindowsOf,
     workspace: &Workspace,
     scratch: &Path,
     cx: Cx,
 ) -> Result<HealReport> {
-    let settings = spec.settings(wound.spec.preset, &wound.base, wound.dropped);
-    let windows = Windows::split(kept_windows(scratch, || {
-        windows(&spec.corpus, settings.seq_len as usize, Windows::wanted(&settings))
+    let facts = wound.base.config().facts();
+    let settings = method.settings(wound.spec.preset, &facts, wound.dropped.len() as u32);
+    // A model may have taken minutes to write them.
+    let windows = Windows::split(kept(scratch, "windows", || {
+        windows(method.corpus(), settings.seq_len() as usize, settings.windows() + windows::HELD_OUT)
     })?)?;
-    let source = Checkpoint::open(&workspace.dir().join(&current.path))?;
-    let trained = train(&source, &settings, &windows, wound.spec.seed, scratch, cx)?;
-    let candidate = write_merged(&source, &trained, workspace, cx)?;
-    let after = {
-        let healed = Checkpoint::open(&workspace.dir().join(CANDIDATE))?;
-        backward::mean_loss(&Decoder::open(&healed, cx.compute)?, &windows.held_out, cx)?
-    };
-    let reverted = after >= trained.held_out_before;
-    let checkpoint = if reverted {
+    let source = Checkpoint::open(&workspace.dir().join(&standing.checkpoint.path))?;
+    let judge =
+        |checkpoint: &Checkpoint| mean_loss(&Decoder::open(checkpoint, cx.compute)?, &windows.held_out, cx);
+    let held_out_before = kept(scratch, "held_out", || judge(&source))?;
+    let case = Case { wound, source: &source, sizes: &standing.sizes, windows: &windows, scratch, cx };
+    let (remedy, candidate) = treat(&case, &settings, workspace)?;
+    let held_out_after = judge(&Checkpoint::open(&workspace.dir().join(CANDIDATE))?)?;
+    // What is no number is not less either.
+    let reverted = held_out_after.partial_cmp(&held_out_before) != Some(Ordering::Less);
+    if reverted {
         cx.note(format!(
-            "healing made the held-out loss worse ({:.4} to {after:.4} nats a token) and was thrown away",
-            trained.held_out_before
+            "{} did not lower the held-out loss ({held_out_before:.4} to {held_out_after:.4} nats a token) and was \
+             thrown away",
+            method.name()
         ));
         workspace.retract(CANDIDATE)?;
-        None
     } else {
-        let adapter = workspace.part(ADAPTER)?;
-        peft::save(&adapter, &current.path, source.config(), &trained.adapters, &settings)?;
-        workspace.publish(&adapter, ADAPTER)?;
-        workspace.publish(&workspace.dir().join(CANDIDATE), HEALED)?;
-        Some(CheckpointRef { path: HEALED.to_owned(), ..candidate })
-    };
-    Ok(HealReport {
-        method: "qlora".to_owned(),
-        settings,
-        trainable_parameters: trained.adapters.parameters(),
-        tokens: trained.tokens,
-        curve: trained.curve,
-        held_out_before: trained.held_out_before,
-        held_out_after: after,
-        reverted,
-        checkpoint,
-    })
-}
-
-/// The healing windows, kept for the next attempt: a model may have taken minutes to write them.
-fn kept_windows(scratch: &Path, find: impl FnOnce() -> Result<Vec<Vec<u32>>>) -> Result<Vec<Vec<u32>>> {
-    let file = scratch.join("windows.json");
-    if let Some(windows) = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
-        return Ok(windows);
-    }
-    let windows = find()?;
-    std::fs::create_dir_all(scratch)?;
-    write_json(&file, &windows)?;
-    Ok(windows)
-}
-
-/// Writes `source` with the adapters merged into its own weights – not into the
-/// quantised ones they were trained over – rounded once to the type they have.
-fn write_merged(
-    source: &Checkpoint,
-    trained: &Trained,
-    workspace: &Workspace,
-    cx: Cx,
-) -> Result<CheckpointRef> {
-    let config = source.config();
-    let adapters: HashMap<String, Adapter> = trained
-        .adapters
-        .trained()
-        .map(|(layer, linear, adapter)| (format!("{}.weight", config.in_layer(layer, linear.name)), adapter))
-        .collect();
-    let planned = source.index().tensors.iter().map(|(name, info)| Planned {
-        name: name.clone(),
-        dtype: info.dtype,
-        shape: info.shape.clone(),
-    });
-    let draft = Draft { config: config.raw().clone(), companions: source.dir(), tensors: planned.collect() };
-    draft.write(workspace, CANDIDATE, cx, |tensor| {
-        let content = Content::of(source.index(), &tensor.name)?;
-        let Some(adapter) = adapters.get(&tensor.name) else { return Ok(content) };
-        let delta = adapter.delta(config.family.transposed)?;
-        let name = tensor.name.clone();
-        Ok(content.changed(move |row, weights| {
-            delta.add(row, weights);
-            if weights.iter().all(|w| w.is_finite()) {
-                return Ok(());
+        let alone = standing.checkpoint == *wound.pruned;
+        standing.adapter = match (&settings, &remedy.adapters) {
+            (HealSettings::Qlora(settings), Some(adapters)) if alone => {
+                let part = workspace.part(ADAPTER)?;
+                peft::save(&part, &wound.pruned.path, source.config(), adapters, settings)?;
+                Some(part)
             }
-            Err(Error::spec(format!("healing left {name} not finite; lower learning_rate")))
-        }))
+            (HealSettings::Qlora(_) | HealSettings::Rescale(_) | HealSettings::LeastSquares(_), _) => None,
+        };
+        workspace.publish(&workspace.dir().join(CANDIDATE), HEALED)?;
+        standing.checkpoint = CheckpointRef { path: HEALED.to_owned(), ..candidate };
+        standing.sizes = remedy.sizes;
+    }
+    Ok(HealReport {
+        method: method.name().to_owned(),
+        settings,
+        trainable_parameters: remedy.trainable_parameters,
+        tokens: remedy.tokens,
+        curve: remedy.curve,
+        repaired: remedy.repaired,
+        held_out_before,
+        held_out_after,
+        reverted,
+        checkpoint: (!reverted).then(|| standing.checkpoint.clone()),
     })
+}
+
+/// Runs one method and writes what comes of it to `healing` in the workspace, which nobody has judged.
+pub fn treat(case: &Case, settings: &HealSettings, workspace: &Workspace) -> Result<(Remedy, CheckpointRef)> {
+    let remedy = match settings {
+        HealSettings::Qlora(settings) => qlora::heal(case, settings),
+        HealSettings::Rescale(_) => rescale::heal(case),
+        HealSettings::LeastSquares(settings) => least_squares::heal(case, settings),
+    }?;
+    let candidate = change::write(case.source, &remedy.changes, CANDIDATE, workspace, case.cx)?;
+    Ok((remedy, candidate))
+}
+
+/// What `find` gives, kept as `name` for the next attempt.
+fn kept<T: Serialize + DeserializeOwned>(
+    scratch: &Path,
+    name: &str,
+    find: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let file = scratch.join(format!("{name}.json"));
+    if let Some(found) = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+        return Ok(found);
+    }
+    let found = find()?;
+    std::fs::create_dir_all(scratch)?;
+    write_json(&file, &found)?;
+    Ok(found)
 }

@@ -4,9 +4,14 @@
 use std::path::{Path, PathBuf};
 
 use super::adamw::{AdamW, clip, learning_rate};
-use super::backward::{Adapters, Draw, loss_and_gradients, mean_loss};
+use super::backward::{Adapters, Draw, loss_and_gradients};
+use super::change::Change;
 use super::resume::Progress;
+use super::windows::Windows;
+use super::{Case, Remedy};
+use crate::checkpoint::LinearShape;
 use crate::engine::chance::stream_key;
+use crate::engine::model::lora::Adapter;
 use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::{Cx, Error, Result};
 use crate::job::preset::QloraSettings;
@@ -17,37 +22,7 @@ const MAX_GRADIENT_NORM: f64 = 1.0;
 /// Tokens per micro-batch, or fewer where the memory is too little for so many; an optimizer step accumulates
 /// as many as it needs.
 const MICRO_BATCH_TOKENS: usize = 1024;
-/// Windows of the healing corpus that are kept apart to judge the healing.
-const HELD_OUT_WINDOWS: usize = 16;
-
-/// Windows to train on and windows to judge by; none is in both.
-pub struct Windows {
-    pub train: Vec<Vec<u32>>,
-    pub held_out: Vec<Vec<u32>>,
-}
-
 impl Windows {
-    /// Windows worth having for these settings, held-out ones included.
-    pub fn wanted(settings: &QloraSettings) -> usize {
-        settings.steps as usize * settings.batch_size as usize + HELD_OUT_WINDOWS
-    }
-
-    /// Keeps a tenth of the windows apart, at most 16, at least one.
-    ///
-    /// # Errors
-    /// A data error when fewer than two windows are at hand.
-    pub fn split(mut windows: Vec<Vec<u32>>) -> Result<Self> {
-        if windows.len() < 2 {
-            return Err(Error::data(
-                "the healing corpus gives fewer than two windows: one is trained on, one judges; \
-                 give more text or a smaller heal seq_len",
-            ));
-        }
-        let held_out = (windows.len() / 10).clamp(1, HELD_OUT_WINDOWS);
-        let held_out = windows.split_off(windows.len() - held_out);
-        Ok(Self { train: windows, held_out })
-    }
-
     /// The windows of optimizer step `step`: every epoch in an order of its own.
     fn batch(&self, step: u32, batch_size: u32, seed: u64) -> Vec<&[u32]> {
         let n = self.train.len() as u64;
@@ -72,8 +47,23 @@ pub struct Trained {
     pub adapters: Adapters,
     pub curve: Vec<LossPoint>,
     pub tokens: u64,
-    /// Held-out loss per token before training, on the checkpoint's own weights.
-    pub held_out_before: f64,
+}
+
+/// Trains adapters and has them merged.
+pub fn heal(case: &Case, settings: &QloraSettings) -> Result<Remedy> {
+    let trained = train(case.source, settings, case.windows, case.wound.spec.seed, case.scratch, case.cx)?;
+    let config = case.source.config();
+    let merge = |(layer, linear, adapter): (usize, LinearShape, Adapter)| {
+        (format!("{}.weight", config.in_layer(layer, linear.name)), Change::Merge(adapter))
+    };
+    let changes = trained.adapters.trained().map(merge).collect();
+    Ok(Remedy {
+        trainable_parameters: trained.adapters.parameters(),
+        tokens: trained.tokens,
+        curve: trained.curve,
+        adapters: Some(trained.adapters),
+        ..Remedy::new(case, changes)
+    })
 }
 
 /// Trains adapters for `pruned`. Progress is kept in `scratch` every
@@ -96,7 +86,7 @@ pub fn train(
             cx.note(format!("healing goes on from optimizer step {}", progress.step));
             progress
         }
-        None => Progress::new(mean_loss(&Decoder::open(pruned, compute)?, &windows.held_out, cx)?),
+        None => Progress::default(),
     };
     let frozen = Decoder::open_frozen(pruned, compute, settings.bits)?;
     while progress.step < settings.steps {
@@ -116,8 +106,8 @@ pub fn train(
                 Err(stop)
             })?;
     }
-    let Progress { curve, tokens, held_out_before, .. } = progress;
-    Ok(Trained { adapters, curve, tokens, held_out_before })
+    let Progress { curve, tokens, .. } = progress;
+    Ok(Trained { adapters, curve, tokens })
 }
 
 /// One optimizer step.

@@ -14,22 +14,17 @@ use crate::engine::{Error, Result};
 use crate::job::report::LossPoint;
 
 /// Training so far. Adapters and optimizer moments lie beside it in one file.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Optimizer steps done.
     pub step: u32,
     pub tokens: u64,
     pub curve: Vec<LossPoint>,
-    pub held_out_before: f64,
 }
 
 const KEY: &str = "progress";
 
 impl Progress {
-    pub fn new(held_out_before: f64) -> Self {
-        Self { step: 0, tokens: 0, curve: Vec::new(), held_out_before }
-    }
-
     /// Writes the file whole or not at all.
     pub fn save(&self, file: &Path, adapters: &Adapters, optimizer: &AdamW) -> Result<()> {
         let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();

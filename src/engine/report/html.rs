@@ -4,7 +4,10 @@ use super::choice::{criticality, logit_lens, strategies, zone_name};
 use super::plot::{Figure, STYLE as PLOTS};
 use super::svg::{heat_map, layers_text, least, loss_curve, profile_curve, runs_text, unit};
 use super::{amount, columns, comparison, contiguous, verdict};
-use crate::job::report::{Ablation, Compared, Considered, HealReport, LensReading, Report, StageSummary};
+use crate::job::heal::HealSettings;
+use crate::job::report::{
+    Ablation, Compared, Considered, HealReport, LensReading, Repaired, Report, StageSummary,
+};
 use crate::job::spec::DamageMeasure;
 
 /// The whole page.
@@ -179,11 +182,16 @@ fn choice(out: &mut String, report: &Report) {
         DamageMeasure::Loss => "the loss per token above the intact model's",
         DamageMeasure::Kl => "the divergence per token from the intact model's prediction",
     };
+    let when = if report.spec.mends_streams() {
+        "with what the cut takes from the size of the stream made up for, but before any other healing"
+    } else {
+        "before any healing"
+    };
     put(
         out,
         &format!(
-            "<section class='words'><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, before any \
-             healing: 0.1 is a tenth more perplexity. Behind ± stands its standard error over windows.</p>",
+            "<section class='words'><h2>Why these layers</h2><p><code>{}</code> decided. Damage is {what}, in nats, {when}: \
+             0.1 is a tenth more perplexity. Behind ± stands its standard error over windows.</p>",
             selection.strategy.name()
         ),
     );
@@ -264,15 +272,14 @@ fn lens_figure(out: &mut String, report: &Report) {
 }
 
 fn heal_figure(out: &mut String, heal: &HealReport) {
-    let s = &heal.settings;
-    let outcome =
-        if heal.reverted { "It made the held-out loss worse and was thrown away." } else { "It was kept." };
-    put(
-        out,
-        &format!(
-            "<section><h2>Healing by {}</h2><p>{} trained parameters, {} tokens, {} steps of {} windows; rank {}, alpha {}, \
-             {} bits, learning rate {}. Held-out loss went from {:.3} to {:.3} nats per token. {outcome}</p>",
-            escape(&heal.method),
+    let outcome = if heal.reverted {
+        "It did not lower the held-out loss and was thrown away."
+    } else {
+        "It was kept."
+    };
+    let how = match &heal.settings {
+        HealSettings::Qlora(s) => format!(
+            "{} trained parameters, {} tokens, {} steps of {} windows; rank {}, alpha {}, {} bits, learning rate {}.",
             amount(heal.trainable_parameters as f64),
             heal.tokens,
             s.steps,
@@ -281,10 +288,41 @@ fn heal_figure(out: &mut String, heal: &HealReport) {
             s.alpha,
             u8::from(s.bits),
             s.learning_rate,
+        ),
+        HealSettings::Rescale(_) => format!(
+            "Nothing trained: what the layers behind each cut add to the stream was divided by the factor it had \
+             become too small by, measured on {} tokens.",
+            heal.tokens
+        ),
+        HealSettings::LeastSquares(s) => format!(
+            "Nothing trained: a linear map in place of the layers that went was fitted on {} tokens (ridge {}) and \
+             put into the MLP below each cut.",
+            heal.tokens, s.ridge
+        ),
+    };
+    put(
+        out,
+        &format!(
+            "<section><h2>Healing by {}</h2><p>{how} Held-out loss went from {:.3} to {:.3} nats per token. {outcome}</p>",
+            escape(&heal.method),
             heal.held_out_before,
             heal.held_out_after
         ),
     );
+    if !heal.repaired.is_empty() {
+        let row = |r: &Repaired| {
+            let layers: Vec<u32> = r.block.layers().collect();
+            let percent = |error: f64| format!("{:.2} %", 100.0 * error);
+            vec![
+                runs_text(&layers),
+                format!("{:.4}", r.factor),
+                percent(r.error_before),
+                percent(r.error_after),
+            ]
+        };
+        let rows: Vec<Vec<String>> = heal.repaired.iter().map(row).collect();
+        table(out, &["cut", "factor", "stream lacked before", "and after"], &rows);
+    }
     if heal.curve.is_empty() {
         return put(out, "</section>");
     }

@@ -200,11 +200,14 @@ pub fn verdict(report: &Report) -> Vec<String> {
 /// Sentences a person should read before using the result.
 fn remarks(found: &Findings) -> Vec<String> {
     let mut out = Vec::new();
-    if found.heal.iter().any(|h| h.reverted) {
-        out.push(
-            "Healing made the held-out loss worse and was thrown away; the pruned checkpoint is the result."
-                .into(),
-        );
+    for heal in found.heal.iter().filter(|h| h.reverted) {
+        out.push(format!(
+            "Healing by {} did not lower the held-out loss ({:.4} to {:.4} nats per token) and was thrown away.",
+            heal.method, heal.held_out_before, heal.held_out_after
+        ));
+    }
+    if !found.heal.is_empty() && found.heal.iter().all(|h| h.reverted) {
+        out.push("No healing helped: the pruned checkpoint is the result.".into());
     }
     let (base, shipped) = (&found.eval.base, shipped(&found.eval));
     for (i, before) in base.perplexity.iter().enumerate() {
@@ -311,9 +314,10 @@ fn rival(profile: &LayerProfile, selection: &LayerSelection) -> Option<u32> {
 
 /// The dropped layers as one block, if they are one.
 fn contiguous(dropped: &[u32]) -> Option<Block> {
-    let (first, last) = (*dropped.first()?, *dropped.last()?);
-    let len = dropped.len() as u32;
-    (last - first + 1 == len).then_some(Block { start: first, len })
+    match Block::runs(dropped)[..] {
+        [block] => Some(block),
+        _ => None,
+    }
 }
 
 /// 134515008 as `134.5 M`.

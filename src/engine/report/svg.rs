@@ -2,7 +2,7 @@
 
 use super::contiguous;
 use super::plot::{BOTTOM, Figure, LEFT, Plot, RIGHT, TOP, WIDTH, ticks};
-use crate::job::report::{HealReport, LayerProfile, LayerSelection};
+use crate::job::report::{Block, HealReport, LayerProfile, LayerSelection};
 
 /// Yellow (near) to purple (far), the colours of the paper's figure 4.
 fn colour(t: f64) -> String {
@@ -126,17 +126,11 @@ pub fn layers_text(start: usize, len: usize) -> String {
 
 /// Dropped layers in words, runs of them together.
 pub fn runs_text(dropped: &[u32]) -> String {
-    let mut runs: Vec<(u32, u32)> = Vec::new();
-    for layer in dropped {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == *layer => *last = *layer,
-            Some(_) | None => runs.push((*layer, *layer)),
-        }
-    }
-    let texts: Vec<String> = runs
-        .iter()
-        .map(|(first, last)| if first == last { first.to_string() } else { format!("{first} to {last}") })
-        .collect();
+    let text = |run: &Block| match run.len {
+        1 => run.start.to_string(),
+        len => format!("{} to {}", run.start, run.start + len - 1),
+    };
+    let texts: Vec<String> = Block::runs(dropped).iter().map(text).collect();
     format!("{} {}", if dropped.len() == 1 { "layer" } else { "layers" }, texts.join(", "))
 }
 

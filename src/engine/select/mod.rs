@@ -9,7 +9,9 @@ use std::ops::{Range, RangeInclusive};
 
 use self::meter::Meter;
 use super::{Error, Result};
-use crate::job::report::{Candidate, Compared, Considered, Cost, LayerProfile, LayerSelection, Step};
+use crate::job::report::{
+    Ablation, Candidate, Compared, Considered, Cost, LayerProfile, LayerSelection, Step,
+};
 use crate::job::spec::{PruneSpec, Strategy};
 
 /// How much worse the model gets without some of its layers, and the standard error of that over windows (paired
@@ -45,6 +47,8 @@ pub trait Oracle {
 pub struct Oracles<'a> {
     /// Damage on text, in nats per token.
     pub damage: Option<&'a mut dyn Oracle>,
+    /// What `damage` would say of each single layer, as far as it was asked before; empty where it was not.
+    pub known: &'a [Ablation],
     /// Drop of accuracy on task items.
     pub accuracy: Option<&'a mut dyn Oracle>,
 }
@@ -52,8 +56,7 @@ pub struct Oracles<'a> {
 /// Hears the name of a search, the sets it has looked at, and how many they will be at most.
 pub type Tell<'a> = &'a mut dyn FnMut(&str, u64, u64) -> Result<()>;
 
-/// Chooses the layers to drop. The damage of single layers is not measured again where the profile has it: its ablation
-/// must then have been measured on the windows of `oracles.damage`.
+/// Chooses the layers to drop.
 ///
 /// # Errors
 /// A spec error when the model has too few layers for what is asked, and whatever ends the measuring.
@@ -68,7 +71,7 @@ pub fn select(
         profile,
         spec,
         seed,
-        damage: oracles.damage.map(|oracle| Meter::new(oracle, &spec.damage).knowing(&profile.ablation)),
+        damage: oracles.damage.map(|oracle| Meter::new(oracle, &spec.damage).knowing(oracles.known)),
         accuracy: oracles.accuracy.map(|oracle| Meter::new(oracle, &spec.damage)),
     };
     let decided = chooser.run(spec.strategy, tell)?;

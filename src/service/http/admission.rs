@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::checkpoint::Index;
 use crate::job::complaint::Complaint;
+use crate::job::preset::ModelFacts;
 use crate::job::spec::{Corpus, JobSpec, ModelSource};
 
 /// The directories models and corpora may lie in.
@@ -68,12 +69,11 @@ impl Roots {
 pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
     let mut complaints = Vec::new();
     let mut complain = |pointer: String, message: String| complaints.push(Complaint { pointer, message });
-    let mut layers = None;
+    let mut facts = None;
     if let ModelSource::Path { path } = &mut spec.model {
-        let found =
-            roots.find(path).and_then(|real| utf8(&real).map(|text| (text, layer_count(&real, roots))));
+        let found = roots.find(path).and_then(|real| utf8(&real).map(|text| (text, model(&real, roots))));
         match found {
-            Ok((real, Ok(count))) => (*path, layers) = (real, Some(count)),
+            Ok((real, Ok(model))) => (*path, facts) = (real, Some(model)),
             Ok((_, Err(message))) | Err(message) => complain("/model/path".into(), message),
         }
     }
@@ -85,7 +85,7 @@ pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
             }
         }
     }
-    complaints.extend(layers.into_iter().flat_map(|count| spec.validate_for(count)));
+    complaints.extend(facts.iter().flat_map(|model| spec.validate_for(model)));
     if complaints.is_empty() {
         // Two spellings of one path are one text now: healing and judging on it shows.
         complaints = spec.validate();
@@ -93,9 +93,9 @@ pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
     if complaints.is_empty() { Ok(()) } else { Err(complaints) }
 }
 
-/// The layers of the checkpoint in `dir`, all whose files must lie below a root: a link out of it
+/// What a job needs to know of the checkpoint in `dir`, all whose files must lie below a root: a link out of it
 /// would open a door.
-fn layer_count(dir: &Path, roots: &Roots) -> Result<u32, String> {
+fn model(dir: &Path, roots: &Roots) -> Result<ModelFacts, String> {
     for entry in dir.read_dir().into_iter().flatten().flatten() {
         let real = entry.path().canonicalize();
         if real.is_ok_and(|real| !roots.holds(&real)) {
@@ -106,7 +106,7 @@ fn layer_count(dir: &Path, roots: &Roots) -> Result<u32, String> {
         }
     }
     let index = Index::read(dir).map_err(|failure| failure.message)?;
-    Ok(index.config.layer_count as u32)
+    Ok(index.config.facts())
 }
 
 fn corpus_file(real: &Path) -> Result<String, String> {
