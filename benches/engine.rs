@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use secateur::engine::damage::Damage;
-use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
+use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients, next_tokens};
 use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
 use secateur::engine::profile::profile;
 use secateur::engine::select::{Measured, Oracle, Oracles, select};
@@ -176,9 +176,10 @@ fn step(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Work<'sta
     let adapters = Adapters::new(checkpoint.config(), &settings, 0, &compute.device).unwrap();
     let run = move || {
         let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
+        let targets = next_tokens(&batch);
         let draw = Draw { seed: 0, step: 0, micro_batch: 0 };
         let scale = 1.0 / f64::from(predicted);
-        let (nll, _) = loss_and_gradients(&decoder, &adapters, &batch, scale, draw).unwrap();
+        let (nll, _) = loss_and_gradients(&decoder, &adapters, &batch, &targets, scale, draw).unwrap();
         nll * scale
     };
     Work { tokens: 4 * 256, run: Box::new(run) }

@@ -4,13 +4,13 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 
 use super::data::items::Item;
 use super::eval::loglikelihood::{Likelihood, Request, likelihoods_without, walk};
 use super::eval::tasks;
 use super::model::batch::{batches, nothing};
 use super::model::cuts::Cuts;
+use super::model::kernel::rows::likeliest;
 use super::model::{Batch, Checkpoint, Decoder};
 use super::select::{Measured, Oracle};
 use super::{Cx, Error, Result};
@@ -39,9 +39,6 @@ struct Predicted {
     /// The probability of all others together.
     rest: f64,
 }
-
-/// Rows of logits at a time.
-const ROWS: usize = 128;
 
 impl<'a> Damage<'a> {
     /// Measures on `windows`; with `mended`, after what a cut takes from the size of the stream has been made up for
@@ -139,33 +136,16 @@ impl<'a> Damage<'a> {
         x: &Tensor,
         of: impl Fn(usize, usize, &[f32]) -> T + Sync,
     ) -> Result<Vec<T>> {
-        let mut out = Vec::with_capacity(places.len());
-        for (i, places) in places.chunks(ROWS).enumerate() {
-            let logits = self.decoder.logits(&x.narrow(0, i * ROWS, places.len())?)?;
-            let vocab = logits.dim(1)?;
-            let mut rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-            let each = rows.par_chunks_mut(vocab).zip(places).map(|(row, (request, at))| {
-                let most = row.iter().fold(f32::NEG_INFINITY, |most, logit| most.max(*logit));
-                let sum: f64 = row.iter().map(|logit| f64::from(*logit - most).exp()).sum();
-                let log_sum = most + sum.ln() as f32;
-                row.iter_mut().for_each(|logit| *logit -= log_sum);
-                of(*request, *at, row)
-            });
-            out.par_extend(each);
-        }
-        Ok(out)
+        self.decoder.each_prediction(x, |row, predicted| {
+            let (request, at) = places[row];
+            of(request, at, predicted)
+        })
     }
 }
 
 impl Predicted {
     fn of(log_probabilities: &[f32], top_k: usize) -> Self {
-        let mut order: Vec<u32> = (0..log_probabilities.len() as u32).collect();
-        let value = |id: &u32| log_probabilities[*id as usize];
-        if top_k < order.len() {
-            order.select_nth_unstable_by(top_k - 1, |a, b| value(b).total_cmp(&value(a)));
-            order.truncate(top_k);
-        }
-        let likeliest: Vec<(u32, f32)> = order.iter().map(|id| (*id, value(id))).collect();
+        let likeliest = likeliest(log_probabilities, top_k);
         let known: f64 = likeliest.iter().map(|(_, log)| f64::from(*log).exp()).sum();
         Self { likeliest, rest: (1.0 - known).max(0.0) }
     }

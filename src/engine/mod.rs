@@ -15,6 +15,8 @@ pub mod report;
 pub mod select;
 pub mod workspace;
 
+use std::path::Path;
+
 use crate::job::progress::{Event, Observer, Stage};
 use crate::job::report::{Failure, FailureKind};
 
@@ -63,6 +65,12 @@ impl Error {
             Self::Stopped => Self::Stopped,
         }
     }
+}
+
+/// A storage error that names the path.
+pub fn at(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.display().to_string();
+    move |e| Error::new(FailureKind::Storage, format!("{path}: {e}"))
 }
 
 impl From<std::io::Error> for Error {

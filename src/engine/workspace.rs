@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Cx, Error, Result};
+use super::{Cx, Error, Result, at};
 use crate::job::progress::{Event, Stage};
 use crate::job::report::FailureKind;
 
@@ -291,10 +291,4 @@ fn remove(path: &Path) -> Result<()> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(at(path)(e)),
         Ok(()) | Err(_) => Ok(()),
     }
-}
-
-/// A storage error that names the path.
-pub fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.display().to_string();
-    move |e| Error::new(FailureKind::Storage, format!("{path}: {e}"))
 }

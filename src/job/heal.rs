@@ -211,9 +211,28 @@ pub struct QloraSpec {
     pub seq_len: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
+    /// Learn what the base model predicts, beside the text itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill: Option<DistillSpec>,
     /// Steps between resume points.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u32>,
+}
+
+/// The base model as a teacher (arXiv 1503.02531).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DistillSpec {
+    /// Share of the loss that is about what the base predicts, above 0 and up to 1; the rest is about the text itself.
+    pub weight: f64,
+    /// How many of the tokens that the base finds likeliest are taught at each place.
+    pub top_k: u32,
+}
+
+impl Default for DistillSpec {
+    fn default() -> Self {
+        Self { weight: 0.5, top_k: 64 }
+    }
 }
 
 /// Bits per weight of the frozen base while adapters are trained.

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::heal::DistillSpec;
 use super::spec::{BaseBits, Preset, QloraSpec, Schedule};
 
 /// What a preset needs to know of the base model.
@@ -39,6 +40,8 @@ pub struct QloraSettings {
     pub batch_size: u32,
     pub seq_len: u32,
     pub weight_decay: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill: Option<DistillSpec>,
     pub checkpoint_every: u32,
 }
 
@@ -68,6 +71,7 @@ impl QloraSpec {
             batch_size: self.batch_size.unwrap_or(d.batch_size),
             seq_len: self.seq_len.unwrap_or(d.seq_len).min(facts.max_position_embeddings),
             weight_decay: self.weight_decay.unwrap_or(0.0),
+            distill: self.distill.clone(),
             checkpoint_every: self.checkpoint_every.unwrap_or(50),
         }
     }

@@ -322,6 +322,10 @@ fn check_qlora(q: &QloraSpec, at: &str, out: &mut Complaints) {
     if q.weight_decay.is_some_and(|d| !(0.0..=1.0).contains(&d)) {
         out.add(&format!("{at}/weight_decay"), "must be from 0 to 1");
     }
+    if let Some(distill) = &q.distill {
+        out.positive(&format!("{at}/distill/weight"), Some(distill.weight), 1.0);
+        out.range(&format!("{at}/distill/top_k"), distill.top_k, 1, 4096);
+    }
     if q.targets.as_ref().is_some_and(Vec::is_empty) {
         out.add(&format!("{at}/targets"), "name at least one linear layer, e.g. \"down_proj\"");
     }

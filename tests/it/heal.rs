@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{Device, Tensor};
 use safetensors::Dtype;
 use secateur::engine::chance::unit;
-use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients};
-use secateur::engine::heal::{Trained, Windows, train};
+use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients, next_tokens};
+use secateur::engine::heal::{Teacher, Trained, Windows, train};
 use secateur::engine::model::{Checkpoint, Compute, Decoder};
 use secateur::engine::{Cx, Error};
+use secateur::job::heal::DistillSpec;
 use secateur::job::preset::QloraSettings;
 use secateur::job::progress::{Event, Observer, Silent, Stage};
 use secateur::job::spec::{BaseBits, Preset, QloraSpec};
@@ -67,7 +68,7 @@ fn every_gradient_is_the_slope_of_the_loss(tiny: Tiny, dropout: f64) {
     // One window shorter than the other: padding must not leak into the gradient.
     let batch: Vec<&[u32]> = vec![&windows[0], &windows[1][..20]];
     let draw = Draw { seed: 1, step: 2, micro_batch: 0 };
-    let loss = || loss_and_gradients(&decoder, &adapters, &batch, 1.0, draw).unwrap();
+    let loss = || loss_and_gradients(&decoder, &adapters, &batch, &next_tokens(&batch), 1.0, draw).unwrap();
     let (_, gradients) = loss();
     let mut telling = 0;
     for (i, variable) in adapters.variables.iter().enumerate() {
@@ -115,7 +116,7 @@ fn training_learns_a_pattern_over_a_base_in_4_8_and_16_bits() {
         let compute = compute();
         let cx = Cx { stage: Stage::Heal, compute: &compute, observer: &Silent };
         let windows = Windows::split(windows(12)).unwrap();
-        let trained = train(&checkpoint, &settings, &windows, 5, scratch.path(), cx).unwrap();
+        let trained = train(&checkpoint, &settings, &windows, None, 5, scratch.path(), cx).unwrap();
         let (first, last) = (trained.curve[0].loss, trained.curve[24].loss);
         assert!(last < 0.7 * first, "{bits:?}: {first} to {last}");
     }
@@ -152,6 +153,7 @@ fn a_training_stopped_anywhere_goes_on_and_ends_with_the_same_bytes() {
             &checkpoint,
             &settings,
             &windows,
+            Some(Teacher::open(&checkpoint, &DistillSpec::default(), &compute).unwrap()),
             5,
             scratch,
             Cx { stage: Stage::Heal, compute: &compute, observer },
@@ -174,6 +176,36 @@ fn a_training_stopped_anywhere_goes_on_and_ends_with_the_same_bytes() {
 }
 
 #[test]
+fn a_teacher_has_nothing_to_teach_a_model_like_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint =
+        Checkpoint::open(&Tiny { dtype: Dtype::F32, ..Tiny::llama() }.write(dir.path())).unwrap();
+    let adapters = Adapters::new(checkpoint.config(), &settings(&checkpoint), 3, &Device::Cpu).unwrap();
+    let decoder = Decoder::open_frozen(&checkpoint, &compute(), BaseBits::Sixteen).unwrap();
+    let windows = windows(2);
+    let batch: Vec<&[u32]> = vec![&windows[0], &windows[1][..20]];
+    let largest = |weight: f64| {
+        let spec = DistillSpec { weight, top_k: VOCAB as u32 };
+        let mut teacher = Teacher::open(&checkpoint, &spec, &compute()).unwrap();
+        let taught = |teacher: &mut Teacher| -> Vec<_> {
+            batch.iter().enumerate().flat_map(|(i, window)| teacher.targets(i, window).unwrap()).collect()
+        };
+        let targets = taught(&mut teacher);
+        // The second time they come from the file.
+        assert_eq!(taught(&mut teacher), targets);
+        for target in &targets {
+            assert!((target.iter().map(|(_, share)| share).sum::<f32>() - 1.0).abs() < 1e-5);
+        }
+        let draw = Draw { seed: 1, step: 2, micro_batch: 0 };
+        let (_, gradients) = loss_and_gradients(&decoder, &adapters, &batch, &targets, 1.0, draw).unwrap();
+        let largest = |g: &Tensor| g.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        gradients.iter().map(largest).fold(0.0, f32::max)
+    };
+    let (all, half) = (largest(1.0), largest(0.5));
+    assert!(all < 1e-3 * half, "{all} of {half}");
+}
+
+#[test]
 fn a_damaged_resume_point_is_not_trusted() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(&Tiny::llama().write(dir.path())).unwrap();
@@ -182,11 +214,11 @@ fn a_damaged_resume_point_is_not_trusted() {
     let compute = compute();
     let cx = Cx { stage: Stage::Heal, compute: &compute, observer: &Silent };
     let scratch = tempfile::tempdir().unwrap();
-    let whole = train(&checkpoint, &settings, &windows, 5, scratch.path(), cx).unwrap();
+    let whole = train(&checkpoint, &settings, &windows, None, 5, scratch.path(), cx).unwrap();
     let file = scratch.path().join("qlora.safetensors");
     let saved = std::fs::read(&file).unwrap();
     std::fs::write(&file, &saved[..saved.len() / 2]).unwrap();
-    let again = train(&checkpoint, &settings, &windows, 5, scratch.path(), cx).unwrap();
+    let again = train(&checkpoint, &settings, &windows, None, 5, scratch.path(), cx).unwrap();
     assert_eq!(losses(&again), losses(&whole));
 }
 

@@ -14,8 +14,8 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::{Dtype, Index, TensorInfo};
 use crate::engine::model::checkpoint::{TensorSum, content_digest, read_chunks, widened};
 use crate::engine::model::{Checkpoint, Decoder};
-use crate::engine::workspace::{Workspace, at, write_json};
-use crate::engine::{Cx, Error, Result};
+use crate::engine::workspace::{Workspace, write_json};
+use crate::engine::{Cx, Error, Result, at};
 use crate::job::report::CheckpointRef;
 use crate::job::spec::WeightType;
 

@@ -10,6 +10,7 @@ use crate::checkpoint::{LinearShape, Role};
 use crate::engine::chance::stream_key;
 use crate::engine::eval::loglikelihood::{Request, likelihoods};
 use crate::engine::model::kernel::attention::Sequence;
+use crate::engine::model::kernel::rows::SoftTarget;
 use crate::engine::model::layer::{AdapterGradient, Layer, Trace};
 use crate::engine::model::lora::{Adapter, Dropout};
 use crate::engine::model::streams::Streams;
@@ -179,12 +180,18 @@ fn names(config: &Config) -> Vec<&'static str> {
     all
 }
 
-/// Sum of the negative log-likelihoods of all predicted tokens of `windows`, in
-/// nats, and the gradient of `scale` times that sum for every variable.
+/// For every token of `windows` but the first of each: itself.
+pub fn next_tokens(windows: &[&[u32]]) -> Vec<SoftTarget> {
+    windows.iter().flat_map(|window| &window[1..]).map(|token| vec![(*token, 1.0)]).collect()
+}
+
+/// Sum of the cross-entropies of `targets`, one for every token of `windows` but the first of each, in nats, and the
+/// gradient of `scale` times that sum for every variable.
 pub fn loss_and_gradients(
     decoder: &Decoder,
     adapters: &Adapters,
     windows: &[&[u32]],
+    targets: &[SoftTarget],
     scale: f64,
     draw: Draw,
 ) -> Result<(f64, Vec<Tensor>)> {
@@ -214,7 +221,7 @@ pub fn loss_and_gradients(
         }
         decoder.release(index);
     }
-    let (nll, mut upstream) = head_backward(decoder, &seams.get(layer_count)?, &batch, scale)?;
+    let (nll, mut upstream) = head_backward(decoder, &seams.get(layer_count)?, &batch, targets, scale)?;
     let mut gradients: Vec<Option<Tensor>> = vec![None; adapters.variables.len()];
     for index in (lowest..layer_count).rev() {
         let entering = seams.get(index)?;
@@ -253,13 +260,18 @@ pub fn loss_and_gradients(
 }
 
 /// Loss at the head, and its gradient for the stream `[rows, h]` leaving the last layer.
-fn head_backward(decoder: &Decoder, x: &Tensor, batch: &Batch, scale: f64) -> Result<(f64, Tensor)> {
+fn head_backward(
+    decoder: &Decoder,
+    x: &Tensor,
+    batch: &Batch,
+    targets: &[SoftTarget],
+    scale: f64,
+) -> Result<(f64, Tensor)> {
     // All rows but the last one of each text predict the token behind them.
     let predicting = |text: &Sequence| text.queries.start as u32..text.queries.end as u32 - 1;
     let rows: Vec<u32> = batch.sequences.iter().flat_map(predicting).collect();
-    let targets: Vec<u32> = rows.iter().map(|row| batch.tokens[*row as usize + 1]).collect();
     let rows = Tensor::new(rows, x.device())?;
-    let (nll, gradient) = decoder.token_nll_backward(&x.index_select(&rows, 0)?, &targets, scale)?;
+    let (nll, gradient) = decoder.token_nll_backward(&x.index_select(&rows, 0)?, targets, scale)?;
     let all = x.zeros_like()?.index_add(&rows, &gradient, 0)?;
     Ok((nll.iter().map(|n| f64::from(*n)).sum(), all))
 }

@@ -12,6 +12,7 @@ mod qlora;
 mod rescale;
 mod resume;
 mod solve;
+mod teacher;
 mod windows;
 
 use std::cmp::Ordering;
@@ -21,6 +22,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use qlora::{Trained, train};
+pub use teacher::Teacher;
 pub use windows::Windows;
 
 use self::backward::{Adapters, mean_loss};

@@ -4,13 +4,15 @@
 use std::path::{Path, PathBuf};
 
 use super::adamw::{AdamW, clip, learning_rate};
-use super::backward::{Adapters, Draw, loss_and_gradients};
+use super::backward::{Adapters, Draw, loss_and_gradients, next_tokens};
 use super::change::Change;
 use super::resume::Progress;
+use super::teacher::Teacher;
 use super::windows::Windows;
 use super::{Case, Remedy};
 use crate::checkpoint::LinearShape;
 use crate::engine::chance::stream_key;
+use crate::engine::model::kernel::rows::SoftTarget;
 use crate::engine::model::lora::Adapter;
 use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::{Cx, Error, Result};
@@ -23,8 +25,8 @@ const MAX_GRADIENT_NORM: f64 = 1.0;
 /// as many as it needs.
 const MICRO_BATCH_TOKENS: usize = 1024;
 impl Windows {
-    /// The windows of optimizer step `step`: every epoch in an order of its own.
-    fn batch(&self, step: u32, batch_size: u32, seed: u64) -> Vec<&[u32]> {
+    /// Numbers of the windows of optimizer step `step`: every epoch in an order of its own.
+    fn batch(&self, step: u32, batch_size: u32, seed: u64) -> Vec<usize> {
         let n = self.train.len() as u64;
         let first = u64::from(step) * u64::from(batch_size);
         let mut order = (u64::MAX, Vec::new());
@@ -36,7 +38,7 @@ impl Windows {
                     places.sort_by_key(|p| stream_key(&[seed, epoch, *p]));
                     order = (epoch, places);
                 }
-                self.train[order.1[(i % n) as usize] as usize].as_slice()
+                order.1[(i % n) as usize] as usize
             })
             .collect()
     }
@@ -51,7 +53,10 @@ pub struct Trained {
 
 /// Trains adapters and has them merged.
 pub fn heal(case: &Case, settings: &QloraSettings) -> Result<Remedy> {
-    let trained = train(case.source, settings, case.windows, case.wound.spec.seed, case.scratch, case.cx)?;
+    let teacher = settings.distill.as_ref();
+    let teacher = teacher.map(|spec| Teacher::open(case.wound.base, spec, case.cx.compute)).transpose()?;
+    let seed = case.wound.spec.seed;
+    let trained = train(case.source, settings, case.windows, teacher, seed, case.scratch, case.cx)?;
     let config = case.source.config();
     let merge = |(layer, linear, adapter): (usize, LinearShape, Adapter)| {
         (format!("{}.weight", config.in_layer(layer, linear.name)), Change::Merge(adapter))
@@ -66,13 +71,14 @@ pub fn heal(case: &Case, settings: &QloraSettings) -> Result<Remedy> {
     })
 }
 
-/// Trains adapters for `pruned`. Progress is kept in `scratch` every
+/// Trains adapters for `pruned` on the text, or on what a teacher makes of it. Progress is kept in `scratch` every
 /// `checkpoint_every` steps, and when asked to stop; a later call goes on from there
 /// and ends with the very same bytes.
 pub fn train(
     pruned: &Checkpoint,
     settings: &QloraSettings,
     windows: &Windows,
+    mut teacher: Option<Teacher>,
     seed: u64,
     scratch: &Path,
     cx: Cx,
@@ -94,7 +100,17 @@ pub fn train(
             progress.save(&file, &adapters, &optimizer)?;
             return Err(stop);
         }
-        let point = step(&frozen, &adapters, &mut optimizer, settings, windows, seed, &mut progress)?;
+        let batch = windows.batch(progress.step, settings.batch_size, stream_key(&[seed, 2]));
+        let mut lessons = Vec::new();
+        for number in batch {
+            let window = windows.train[number].as_slice();
+            let targets = match &mut teacher {
+                Some(teacher) => teacher.targets(number, window)?,
+                None => next_tokens(&[window]),
+            };
+            lessons.push(Lesson { window, targets });
+        }
+        let point = step(&frozen, &adapters, &mut optimizer, settings, &lessons, seed, &mut progress)?;
         cx.measured("loss", u64::from(point.step), point.loss);
         cx.measured("learning_rate", u64::from(point.step), point.learning_rate);
         if progress.step % settings.checkpoint_every == 0 {
@@ -110,27 +126,34 @@ pub fn train(
     Ok(Trained { adapters, curve, tokens })
 }
 
+/// A window and what should be predicted for every token of it but the first.
+struct Lesson<'a> {
+    window: &'a [u32],
+    targets: Vec<SoftTarget>,
+}
+
 /// One optimizer step.
 fn step(
     frozen: &Decoder,
     adapters: &Adapters,
     optimizer: &mut AdamW,
     settings: &QloraSettings,
-    windows: &Windows,
+    batch: &[Lesson],
     seed: u64,
     progress: &mut Progress,
 ) -> Result<LossPoint> {
     let step = progress.step;
-    let batch = windows.batch(step, settings.batch_size, stream_key(&[seed, 2]));
-    let predicted: usize = batch.iter().map(|w| w.len() - 1).sum();
+    let predicted: usize = batch.iter().map(|lesson| lesson.targets.len()).sum();
     let scale = 1.0 / predicted.max(1) as f64;
-    let longest = batch.iter().map(|w| w.len()).max().unwrap_or(1);
+    let longest = batch.iter().map(|lesson| lesson.window.len()).max().unwrap_or(1);
     let mut loss = 0.0;
     let mut gradients = Vec::new();
     let tokens = MICRO_BATCH_TOKENS.min(frozen.rows_at_once());
-    for (micro_batch, windows) in batch.chunks((tokens / longest).max(1)).enumerate() {
+    for (micro_batch, lessons) in batch.chunks((tokens / longest).max(1)).enumerate() {
         let draw = Draw { seed: stream_key(&[seed, 3]), step, micro_batch };
-        let (nll, new) = loss_and_gradients(frozen, adapters, windows, scale, draw)?;
+        let windows: Vec<&[u32]> = lessons.iter().map(|lesson| lesson.window).collect();
+        let targets: Vec<SoftTarget> = lessons.iter().flat_map(|lesson| lesson.targets.clone()).collect();
+        let (nll, new) = loss_and_gradients(frozen, adapters, &windows, &targets, scale, draw)?;
         loss += nll * scale;
         gradients = if gradients.is_empty() {
             new
@@ -149,6 +172,6 @@ fn step(
     let point = LossPoint { step, loss, learning_rate };
     progress.curve.push(point);
     progress.step += 1;
-    progress.tokens += batch.iter().map(|w| w.len() as u64).sum::<u64>();
+    progress.tokens += batch.iter().map(|lesson| lesson.window.len() as u64).sum::<u64>();
     Ok(point)
 }

@@ -15,8 +15,7 @@ use tokenizers::Tokenizer;
 
 use super::kernel::map::Map;
 use crate::checkpoint::{Config, Dtype, Index, TensorInfo};
-use crate::engine::workspace::at;
-use crate::engine::{Error, Result};
+use crate::engine::{Error, Result, at};
 
 /// An opened model directory: safetensors only, mapped, every shape checked
 /// against `config.json`. Cheap to clone.

@@ -14,7 +14,7 @@ use super::kernel::left::Left;
 use super::kernel::map::Map;
 use super::kernel::matrix::Side;
 use super::kernel::product::product;
-use super::kernel::rows::{self, Likelihood, Odds};
+use super::kernel::rows::{self, Likelihood, Odds, SoftTarget};
 use super::layer::{Layer, Norm, Pass};
 use super::streams::Streams;
 use super::weight::{Frozen, Weight, floats, with};
@@ -365,6 +365,27 @@ impl Decoder {
         Ok(logits)
     }
 
+    /// What `of(row, logarithms of the probabilities of all tokens)` makes of each row of `x [n, h]`.
+    pub fn each_prediction<T: Send>(
+        &self,
+        x: &Tensor,
+        of: impl Fn(usize, &[f32]) -> T + Sync,
+    ) -> Result<Vec<T>> {
+        let (n, _) = x.dims2()?;
+        let mut out = Vec::with_capacity(n);
+        for first in (0..n).step_by(HEAD_ROWS) {
+            let logits = self.logits(&x.narrow(0, first, HEAD_ROWS.min(n - first))?)?;
+            let vocab = logits.dim(1)?;
+            let mut rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+            let each = rows.par_chunks_mut(vocab).enumerate().map(|(row, predicted)| {
+                rows::log_softmax(predicted);
+                of(first + row, predicted)
+            });
+            out.par_extend(each);
+        }
+        Ok(out)
+    }
+
     /// The head alone, for normed streams `[n, h]`.
     fn head_logits(&self, normed: &Tensor) -> Result<Tensor> {
         let mut logits = self.head.product(normed)?;
@@ -455,10 +476,15 @@ impl Decoder {
         if turns { nothing } else { beginning }
     }
 
-    /// Negative log-likelihood of `targets[i]` after the stream `x[i]`, in nats, for `x [n, h]` as
+    /// Cross-entropy of `targets[i]` and what is predicted after the stream `x[i]`, in nats, for `x [n, h]` as
     /// [`Self::forward`] gives it, and the gradient of `scale` times their sum for `x`. Works
     /// through the vocabulary a few rows at a time.
-    pub fn token_nll_backward(&self, x: &Tensor, targets: &[u32], scale: f64) -> Result<(Vec<f32>, Tensor)> {
+    pub fn token_nll_backward(
+        &self,
+        x: &Tensor,
+        targets: &[SoftTarget],
+        scale: f64,
+    ) -> Result<(Vec<f32>, Tensor)> {
         if let Some(head) = self.native_head()? {
             return self.token_nll_native(&head, x, targets, scale as f32);
         }
@@ -485,7 +511,7 @@ impl Decoder {
         &self,
         head: &NativeHead,
         x: &Tensor,
-        targets: &[u32],
+        targets: &[SoftTarget],
         scale: f32,
     ) -> Result<(Vec<f32>, Tensor)> {
         let (n, h) = x.dims2()?;
@@ -501,7 +527,7 @@ impl Decoder {
                 let vocab = logits.len() / targets.len();
                 logits.par_chunks_mut(vocab).zip(nll).zip(targets).for_each(|((logits, nll), target)| {
                     head.finish(logits, 0);
-                    *nll = rows::cross_entropy(logits, *target as usize, head.cap, scale * head.scale);
+                    *nll = rows::cross_entropy(logits, target, head.cap, scale * head.scale);
                 });
                 let gradient = Left::new(&logits, vocab, head.weight.rounding);
                 let d_normed = product(&gradient, matrix, head.weight.side(true));

@@ -9,6 +9,7 @@
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 
+use super::kernel::rows::SoftTarget;
 use crate::checkpoint::Activation;
 
 /// RMS norm over the last dimension.
@@ -92,16 +93,21 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Per row of `logits [n, vocab]` (float32): `-ln p(target)` in nats, and its
-/// gradient `softmax(logits) - onehot(target)`.
-pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<(Vec<f32>, Tensor)> {
-    let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+/// Per row of `logits [n, vocab]` (float32): `-Σ share · ln p(token)` in nats, and its
+/// gradient `softmax(logits) - shares`.
+pub fn cross_entropy(logits: &Tensor, targets: &[SoftTarget]) -> Result<(Vec<f32>, Tensor)> {
+    // Shorter ones are filled up with nothing of token 0.
+    let most = targets.iter().map(Vec::len).max().unwrap_or(0);
+    let filled = |of: &SoftTarget| of.clone().into_iter().chain(std::iter::repeat((0, 0.0))).take(most);
+    let (tokens, shares): (Vec<u32>, Vec<f32>) = targets.iter().flat_map(filled).unzip();
+    let tokens = Tensor::from_vec(tokens, (targets.len(), most), logits.device())?;
+    let shares = Tensor::from_vec(shares, (targets.len(), most), logits.device())?;
     let probabilities = candle_nn::ops::softmax_last_dim(logits)?;
     // The largest logit has probability 1 / Σ exp(x - max), so ln Σ exp(x) = max - ln(that): no second exp.
     let log_sum = (logits.max_keepdim(1)? - probabilities.max_keepdim(1)?.log()?)?;
-    let nll = (log_sum - logits.gather(&targets, 1)?)?.squeeze(1)?.to_vec1()?;
-    let minus_one = Tensor::full(-1f32, targets.shape(), logits.device())?;
-    Ok((nll, probabilities.scatter_add(&targets, &minus_one, 1)?))
+    let own = (logits.gather(&tokens, 1)? * &shares)?.sum_keepdim(1)?;
+    let nll = (log_sum - own)?.squeeze(1)?.to_vec1()?;
+    Ok((nll, probabilities.scatter_add(&tokens, &shares.neg()?, 1)?))
 }
 
 /// The backward pass from `y` on, given the gradient that arrives at it.

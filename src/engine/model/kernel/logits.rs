@@ -96,9 +96,30 @@ impl Odds {
     }
 }
 
-/// `-ln p(token)`, in nats; finished logits become `factor` times its gradient for the logits before they were
-/// capped and scaled, the latter of which `factor` has to hold.
-pub fn cross_entropy(logits: &mut [f32], token: usize, cap: Option<f32>, factor: f32) -> f32 {
+/// Turns a row of logits into the logarithms of the probabilities.
+pub fn log_softmax(logits: &mut [f32]) {
+    let (most, sum) = largest_and_mass(logits);
+    let log_sum = most + sum.ln() as f32;
+    logits.iter_mut().for_each(|logit| *logit -= log_sum);
+}
+
+/// What should be predicted: tokens and their shares, which sum to one.
+pub type SoftTarget = Vec<(u32, f32)>;
+
+/// The likeliest tokens, in no order, and their log-probabilities.
+pub fn likeliest(log_probabilities: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let mut order: Vec<u32> = (0..log_probabilities.len() as u32).collect();
+    let value = |id: &u32| log_probabilities[*id as usize];
+    if count < order.len() {
+        order.select_nth_unstable_by(count - 1, |a, b| value(b).total_cmp(&value(a)));
+        order.truncate(count);
+    }
+    order.iter().map(|id| (*id, value(id))).collect()
+}
+
+/// `-Σ share · ln p(token)`, in nats; finished logits become `factor` times its gradient for the logits before they
+/// were capped and scaled, the latter of which `factor` has to hold.
+pub fn cross_entropy(logits: &mut [f32], target: &[(u32, f32)], cap: Option<f32>, factor: f32) -> f32 {
     vectorised! {
         fn go[v](logits: &mut [f32], cap: f32, most: f32, factor: f32) {
             for at in (0..logits.len()).step_by(L::WIDTH) {
@@ -114,10 +135,15 @@ pub fn cross_entropy(logits: &mut [f32], token: usize, cap: Option<f32>, factor:
         }
     }
     let (most, sum) = largest_and_mass(logits);
-    let nll = f64::from(most) - f64::from(logits[token]) + sum.ln();
-    let slope = cap.map_or(1.0, |cap| 1.0 - (logits[token] / cap).powi(2));
+    let own = |(token, share): &(u32, f32)| f64::from(*share) * f64::from(logits[*token as usize]);
+    let nll = f64::from(most) - target.iter().map(own).sum::<f64>() + sum.ln();
+    let pull = |(token, share): &(u32, f32)| {
+        let slope = cap.map_or(1.0, |cap| 1.0 - (logits[*token as usize] / cap).powi(2));
+        (*token as usize, factor * share * slope)
+    };
+    let pulls: Vec<(usize, f32)> = target.iter().map(pull).collect();
     go(logits, cap.unwrap_or(0.0), most, (f64::from(factor) / sum) as f32);
-    logits[token] -= factor * slope;
+    pulls.into_iter().for_each(|(token, pull)| logits[token] -= pull);
     nll as f32
 }
 
@@ -156,15 +182,19 @@ mod tests {
     #[test]
     fn cross_entropy_agrees_with_float64_and_its_own_slope() {
         let logits: Vec<f32> = (0..100).map(|i| ((i * 37 % 101) as f32 - 50.0) / 10.0).collect();
-        for cap in [None, Some(3.0)] {
+        let hard = vec![(7, 1.0)];
+        let soft = vec![(7, 0.25), (50, 0.5), (99, 0.25)];
+        for (cap, target) in [(None, &hard), (Some(3.0), &hard), (None, &soft), (Some(3.0), &soft)] {
             let nll = |raw: &[f32]| {
                 let mut row = raw.to_vec();
                 finish_logits(&mut row, 0.5, cap);
                 let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
-                (row.clone(), sum.ln() - f64::from(row[7]))
+                let own: f64 =
+                    target.iter().map(|(t, share)| f64::from(*share) * f64::from(row[*t as usize])).sum();
+                (row.clone(), sum.ln() - own)
             };
             let (mut row, want) = nll(&logits);
-            let got = cross_entropy(&mut row, 7, cap, 0.5 * 2.0);
+            let got = cross_entropy(&mut row, target, cap, 0.5 * 2.0);
             assert!((f64::from(got) - want).abs() < 1e-5, "{got} {want}");
             for i in [0, 7, 50, 99] {
                 let moved = |v: f32| {

@@ -2,7 +2,7 @@
 //! one back.
 
 use super::lanes::{Lanes, vectorised};
-pub use super::logits::{Likelihood, Odds, cross_entropy, finish_logits};
+pub use super::logits::{Likelihood, Odds, SoftTarget, cross_entropy, finish_logits, likeliest, log_softmax};
 pub use super::scores::Scoring;
 
 vectorised! {
