@@ -8,7 +8,6 @@ use super::family::{
 use super::keys::Keys;
 use super::rope::{self, Rope};
 use super::{Result, wrong};
-use crate::job::preset::ModelFacts;
 
 /// The shape of a decoder. The file itself is kept as it was, unknown keys and all.
 #[derive(Debug, Clone)]
@@ -219,22 +218,6 @@ impl Config {
             bos_token: keys.tokens("bos_token_id").first().copied(),
             eos_tokens: keys.tokens("eos_token_id"),
         })
-    }
-
-    /// What healing needs to know.
-    pub fn facts(&self) -> ModelFacts {
-        let names = self.family.names;
-        ModelFacts {
-            model_type: self.family.model_type.to_owned(),
-            hidden_size: self.hidden_size as u32,
-            layer_count: self.layer_count as u32,
-            vocab_size: self.vocab_size as u32,
-            max_position_embeddings: self.max_position_embeddings as u32,
-            experts: self.experts.is_some(),
-            // Without a norm of its own a parallel MLP reads what attention's norm gives.
-            scale_free: names.attention_in.is_some() && (self.mlp_in.is_some() || self.parallel),
-            plain_mlp: names.mlp_out.is_none(),
-        }
     }
 
     /// The file as it was read.

@@ -21,6 +21,7 @@ pub use family::Family;
 pub use header::{Dtype, TensorInfo};
 pub use rope::Rope;
 
+use crate::job::preset::ModelFacts;
 use crate::job::report::{Failure, FailureKind};
 use family::{Norm, QkNorm};
 
@@ -158,6 +159,22 @@ impl Config {
     pub fn norms(&self) -> [Option<&'static str>; 4] {
         let names = self.family.names;
         [names.attention_in, names.attention_out, self.mlp_in, names.mlp_out]
+    }
+
+    /// What healing needs to know.
+    pub fn facts(&self) -> ModelFacts {
+        let names = self.family.names;
+        ModelFacts {
+            model_type: self.family.model_type.to_owned(),
+            hidden_size: self.hidden_size as u32,
+            layer_count: self.layer_count as u32,
+            vocab_size: self.vocab_size as u32,
+            max_position_embeddings: self.max_position_embeddings as u32,
+            experts: self.experts.is_some(),
+            // Without a norm of its own a parallel MLP reads what attention's norm gives.
+            scale_free: names.attention_in.is_some() && (self.mlp_in.is_some() || self.parallel),
+            plain_mlp: names.mlp_out.is_none(),
+        }
     }
 
     /// Every tensor the decoder reads, with its shape.

@@ -257,6 +257,30 @@ fn a_fitted_map_is_in_the_files_as_it_was_found_in_every_family() {
 }
 
 #[test]
+fn a_token_with_a_huge_stream_does_not_have_the_map_to_itself() {
+    const TOKEN: usize = 7;
+    const CHANNEL: usize = 5;
+    let rig = Rig::new();
+    let dir = Tiny { dtype: Dtype::F32, ..Tiny::llama() }.write_with(rig.path("base"), |weight| {
+        let columns = weight.shape.last().copied().unwrap();
+        match weight.name.as_str() {
+            "model.embed_tokens.weight" => weight.values[TOKEN * columns + CHANNEL] = 3000.0,
+            // One of the layers that go takes much of it away.
+            "model.layers.3.mlp.gate_proj.weight" | "model.layers.3.mlp.up_proj.weight" => {
+                weight.values[..columns].fill(0.0);
+                weight.values[CHANNEL] = 1.0;
+            }
+            "model.layers.3.mlp.down_proj.weight" => weight.values[CHANNEL * columns] = -20.0,
+            _ => {}
+        }
+    });
+    let mut bed = Bed::new(&dir, rig, &[3, 4]);
+    bed.windows.train.iter_mut().for_each(|window| window[0] = TOKEN as u32);
+    let repaired = bed.treated("pruned", &[1.0], &least_squares(1e-6)).repaired[0];
+    assert!(repaired.error_after < 0.9 * repaired.error_before, "{repaired:?}");
+}
+
+#[test]
 fn a_fit_after_a_scaling_fits_the_scaled_stream() {
     let bed = Bed::golden("llama_bias", &[1, 3]);
     let scaled = bed.treated("pruned", &[1.0, 1.0], &rescale());

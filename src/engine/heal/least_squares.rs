@@ -3,6 +3,9 @@
 //! Below a cut, the MLP gives `M` to the stream and all else of it is `Y`; the base model's stream behind the cut is
 //! `X`. The map `T` that brings `M T + Y` nearest to `X` goes into the projection that makes `M`. It is looked for as
 //! `T = I + D`, `D = (MᵀM + λI)⁻¹ Mᵀ(X − Y − M)`: where the tokens say little, the MLP stays as it is.
+//!
+//! Each token counts relative to the size of its `X`: what reads the stream norms it. Where all counted alike, the few
+//! tokens with streams hundreds of times larger would have the map to themselves.
 
 use candle_core::{DType, Tensor};
 
@@ -29,7 +32,9 @@ pub fn heal(case: &Case, settings: &LeastSquaresSettings) -> Result<Remedy> {
         let mut equations = Equations::new(config.hidden_size);
         beside.through_layer(|beside, batch, gives, leaving| {
             given.set(batch, gives)?;
-            equations.add(gives, &(beside.wanted(index, batch)? - leaving)?)
+            let wanted = beside.wanted(index, batch)?;
+            let each = (wanted.sqr()?.sum_keepdim(1)? + f64::from(f32::MIN_POSITIVE))?.sqrt()?.recip()?;
+            equations.add(&gives.broadcast_mul(&each)?, &(wanted - leaving)?.broadcast_mul(&each)?)
         })?;
         let map = equations.solve(settings.ridge)?;
         repaired.push(beside.repaired(index, block, |beside| {
@@ -45,7 +50,7 @@ pub fn heal(case: &Case, settings: &LeastSquaresSettings) -> Result<Remedy> {
     Ok(Remedy { repaired, ..Remedy::new(case, changes) })
 }
 
-/// `MᵀM` and `Mᵀ(X − Y − M)`, summed over rows in float64.
+/// `MᵀM` and `Mᵀ(X − Y − M)`, summed over weighted rows in float64.
 struct Equations {
     h: usize,
     squares: Vec<f64>,
