@@ -166,6 +166,8 @@ impl Run<'_> {
     ) -> Result<Recorded<LayerSelection>> {
         let (cx, spec) = (self.cx(Stage::Select), &self.local.prune);
         let (damage, accuracy) = (spec.measures_damage(), spec.measures_accuracy());
+        // Where the stream is read without a norm, its size cannot be made up for.
+        let mended = damage && self.local.mends_streams() && self.base.config().facts().scale_free;
         // What is not measured is no part of this, however it would have been measured.
         let mut asked = spec.clone();
         asked.damage = DamageSpec::default();
@@ -173,10 +175,9 @@ impl Run<'_> {
             "profile": profile,
             "spec": asked,
             "measured": if damage || accuracy { Some(self.damage_inputs(model_digest)?) } else { None },
-            "mended": damage && self.local.mends_streams(),
+            "mended": mended,
         });
         workspace.once(cx, &inputs, |_| {
-            let mended = self.local.mends_streams();
             let mut damage =
                 if damage { Some(self.damage(workspace, model_digest, mended, cx)?) } else { None };
             let mut accuracy = if accuracy { Some(self.accuracy(cx)?) } else { None };
@@ -189,7 +190,8 @@ impl Run<'_> {
             let mut tell = |search: &str, done: u64, total: u64| {
                 cx.advanced(&format!("measuring damage: {search}"), done, total, "sets of layers")
             };
-            Ok((select::select(profile, spec, self.local.seed, oracles, &mut tell)?, Vec::new()))
+            let selection = select::select(profile, spec, self.local.seed, oracles, &mut tell)?;
+            Ok((LayerSelection { mended, ..selection }, Vec::new()))
         })
     }
 

@@ -200,6 +200,9 @@ pub struct LayerSelection {
     /// What each strategy that ran would drop, the one that decided first; empty where nothing was measured.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub compared: Vec<Compared>,
+    /// Damage on text was measured with what a cut takes from the size of the stream made up for.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub mended: bool,
 }
 
 /// What measuring cost: sets of layers left out, and tokens sent through the model for them.

@@ -41,14 +41,15 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
-    /// Whether healing makes up for the size of the stream, or more, without training: then damage is measured with
-    /// that done.
+    /// Whether damage is to be measured with the size of the stream made up for: where healing does that without
+    /// training, and where `auto` weighs cuts that will be healed at all.
     #[must_use]
     pub fn mends_streams(&self) -> bool {
-        self.heal.iter().any(|method| match method {
+        let repairs = self.heal.iter().any(|method| match method {
             HealMethod::Rescale(_) | HealMethod::LeastSquares(_) => true,
             HealMethod::Qlora(_) => false,
-        })
+        });
+        repairs || !self.heal.is_empty() && self.prune.strategies().contains(&Strategy::Auto)
     }
 
     /// Every corpus of the spec and its place, as a JSON pointer.

@@ -94,6 +94,19 @@ fn a_text_with_fewer_windows_than_were_asked_for() {
 }
 
 #[test]
+fn a_teacher_that_cannot_teach() {
+    let bench = bench();
+    for (distill, told) in [
+        (json!({"weight": 0.0}), "/heal/0/distill/weight"),
+        (json!({"weight": 1.5}), "/heal/0/distill/weight"),
+        (json!({"top_k": 0}), "/heal/0/distill/top_k"),
+        (json!({"temperature": 2}), "/heal/0/distill/temperature"),
+    ] {
+        refused(&bench, &bench.spec_with("/heal/0/distill", distill), 2, &[told]);
+    }
+}
+
+#[test]
 fn a_repair_that_cannot_work() {
     let bench = bench();
     let with = |method: Value| bench.spec_with("/heal", json!([method]));

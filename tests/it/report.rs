@@ -122,6 +122,7 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
             candidates,
             considered: Vec::new(),
             compared: Vec::new(),
+            mended: false,
         },
         profile,
         pruned: checkpoint("pruned"),

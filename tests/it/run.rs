@@ -210,6 +210,30 @@ fn every_strategy_runs_and_leaves_what_it_measured() {
 }
 
 #[test]
+fn the_size_of_the_stream_is_made_up_for_where_the_cut_will_be_healed() {
+    let bench = Bench::new(&Tiny::llama());
+    let text = json!({"from": "path", "path": bench.path("healing.txt")});
+    let qlora = json!({"method": "qlora", "corpus": text, "steps": 1, "batch_size": 1, "seq_len": 16});
+    let rescale = json!({"method": "rescale", "corpus": text, "seq_len": 16});
+    let mut damages = Vec::new();
+    for (strategy, heal, mended) in [
+        ("auto", json!([qlora]), true),
+        ("auto", json!([]), false),
+        ("greedy_damage", json!([qlora]), false),
+        ("greedy_damage", json!([rescale, qlora]), true),
+    ] {
+        let mut spec = bench.spec_with("/heal", heal);
+        spec["prune"] =
+            json!({"amount": {"layers": 2}, "strategy": strategy, "keep_first": 1, "damage": {"samples": 4}});
+        bench.succeed(&spec, "out", &["--until", "select"]);
+        let chosen = selection(&bench);
+        assert_eq!(chosen.mended, mended, "{strategy}");
+        damages.push(chosen.compared[0].damage);
+    }
+    assert!(damages[0] != damages[1] && damages[2] != damages[3], "{damages:?}");
+}
+
+#[test]
 fn damage_is_measured_again_for_another_text_and_only_by_those_who_measure_it() {
     let bench = Bench::new(&Tiny::llama());
     let select = |strategy: &str, samples: u32, text: &str| {

@@ -17,7 +17,15 @@ const ROOMS: [(&str, &[&str]); 15] = [
     ("engine::select", &["job", "engine::Error", "engine::Result", "engine::chance"]),
     (
         "engine::model",
-        &["job", "checkpoint", "engine::Error", "engine::Result", "engine::at", "engine::Cx", "engine::chance"],
+        &[
+            "job",
+            "checkpoint",
+            "engine::Error",
+            "engine::Result",
+            "engine::at",
+            "engine::Cx",
+            "engine::chance",
+        ],
     ),
     ("engine::model::kernel", &[]),
     ("service", &["job"]),

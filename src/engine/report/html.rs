@@ -182,7 +182,7 @@ fn choice(out: &mut String, report: &Report) {
         DamageMeasure::Loss => "the loss per token above the intact model's",
         DamageMeasure::Kl => "the divergence per token from the intact model's prediction",
     };
-    let when = if report.spec.mends_streams() {
+    let when = if selection.mended {
         "with what the cut takes from the size of the stream made up for, but before any other healing"
     } else {
         "before any healing"

@@ -90,6 +90,7 @@ pub fn select(
         candidates: decided.candidates,
         considered: decided.considered,
         compared,
+        mended: false,
     })
 }
 
