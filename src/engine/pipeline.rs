@@ -317,7 +317,7 @@ impl Run<'_> {
                     purpose: Purpose::Heal,
                     seed: self.local.seed,
                 };
-                Ok(data::windows(corpus, &wanted, self.base, cx)?.ids)
+                Ok(self.windows(workspace, model_digest, corpus, &wanted, cx)?.ids)
             };
             heal::heal(&wound, &mut windows, workspace, scratch, cx)
         })?;

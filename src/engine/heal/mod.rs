@@ -18,9 +18,6 @@ mod windows;
 use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
 pub use qlora::{Trained, train};
 pub use teacher::Teacher;
 pub use windows::Windows;
@@ -160,14 +157,12 @@ fn tried(
 ) -> Result<HealReport> {
     let facts = wound.base.config().facts();
     let settings = method.settings(wound.spec.preset, &facts, wound.dropped.len() as u32);
-    // A model may have taken minutes to write them.
-    let windows = Windows::split(kept(scratch, "windows", || {
-        windows(method.corpus(), settings.seq_len() as usize, settings.windows() + windows::HELD_OUT)
-    })?)?;
+    let asked = settings.windows() + windows::HELD_OUT;
+    let windows = Windows::split(windows(method.corpus(), settings.seq_len() as usize, asked)?)?;
     let source = Checkpoint::open(&workspace.dir().join(&standing.checkpoint.path))?;
     let judge =
         |checkpoint: &Checkpoint| mean_loss(&Decoder::open(checkpoint, cx.compute)?, &windows.held_out, cx);
-    let held_out_before = kept(scratch, "held_out", || judge(&source))?;
+    let held_out_before = kept(scratch, || judge(&source))?;
     let case = Case { wound, source: &source, sizes: &standing.sizes, windows: &windows, scratch, cx };
     let (remedy, candidate) = treat(&case, &settings, workspace)?;
     let held_out_after = judge(&Checkpoint::open(&workspace.dir().join(CANDIDATE))?)?;
@@ -219,13 +214,9 @@ pub fn treat(case: &Case, settings: &HealSettings, workspace: &Workspace) -> Res
     Ok((remedy, candidate))
 }
 
-/// What `find` gives, kept as `name` for the next attempt.
-fn kept<T: Serialize + DeserializeOwned>(
-    scratch: &Path,
-    name: &str,
-    find: impl FnOnce() -> Result<T>,
-) -> Result<T> {
-    let file = scratch.join(format!("{name}.json"));
+/// The loss that `find` finds before a method begins, kept for the next attempt.
+fn kept(scratch: &Path, find: impl FnOnce() -> Result<f64>) -> Result<f64> {
+    let file = scratch.join("held_out.json");
     if let Some(found) = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
         return Ok(found);
     }

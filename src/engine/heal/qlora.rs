@@ -24,6 +24,7 @@ const MAX_GRADIENT_NORM: f64 = 1.0;
 /// Tokens per micro-batch, or fewer where the memory is too little for so many; an optimizer step accumulates
 /// as many as it needs.
 const MICRO_BATCH_TOKENS: usize = 1024;
+
 impl Windows {
     /// Numbers of the windows of optimizer step `step`: every epoch in an order of its own.
     fn batch(&self, step: u32, batch_size: u32, seed: u64) -> Vec<usize> {
