@@ -1,5 +1,6 @@
 //! Training adapters: exact gradients, exact resume, merged as trained.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{Device, Tensor};
@@ -203,6 +204,38 @@ fn a_teacher_has_nothing_to_teach_a_model_like_itself() {
     };
     let (all, half) = (largest(1.0), largest(0.5));
     assert!(all < 1e-3 * half, "{all} of {half}");
+}
+
+/// Keeps the names and values of all that is measured.
+#[derive(Default)]
+struct Series(Mutex<Vec<(String, f64)>>);
+
+impl Observer for Series {
+    fn event(&self, event: Event) {
+        if let Event::Measured { name, value, .. } = event {
+            self.0.lock().unwrap().push((name, value));
+        }
+    }
+
+    fn stop(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn every_step_tells_its_loss_rate_gradient_and_speed() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(&Tiny::llama().write(dir.path())).unwrap();
+    let settings = QloraSettings { steps: 3, ..settings(&checkpoint) };
+    let (compute, scratch, series) = (compute(), tempfile::tempdir().unwrap(), Series::default());
+    let cx = Cx { stage: Stage::Heal, compute: &compute, observer: &series };
+    train(&checkpoint, &settings, &Windows::split(windows(8)).unwrap(), None, 5, scratch.path(), cx).unwrap();
+    let told = series.0.into_inner().unwrap();
+    for name in ["loss", "learning_rate", "gradient_norm", "tokens_per_s"] {
+        let values: Vec<f64> = told.iter().filter(|(n, _)| n == name).map(|(_, value)| *value).collect();
+        // Warm-up begins at a rate of nothing.
+        assert!(values.len() == 3 && values[1..].iter().all(|value| *value > 0.0), "{name}: {values:?}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! quantised base, then merged into the *original* weights.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::adamw::{AdamW, clip, learning_rate};
 use super::backward::{Adapters, Draw, loss_and_gradients, next_tokens};
@@ -111,9 +112,14 @@ pub fn train(
             };
             lessons.push(Lesson { window, targets });
         }
-        let point = step(&frozen, &adapters, &mut optimizer, settings, &lessons, seed, &mut progress)?;
+        let begun = (Instant::now(), progress.tokens);
+        let (point, norm) =
+            step(&frozen, &adapters, &mut optimizer, settings, &lessons, seed, &mut progress)?;
+        let tokens_per_s = (progress.tokens - begun.1) as f64 / begun.0.elapsed().as_secs_f64();
         cx.measured("loss", u64::from(point.step), point.loss);
         cx.measured("learning_rate", u64::from(point.step), point.learning_rate);
+        cx.measured("gradient_norm", u64::from(point.step), norm);
+        cx.measured("tokens_per_s", u64::from(point.step), tokens_per_s);
         if progress.step % settings.checkpoint_every == 0 {
             progress.save(&file, &adapters, &optimizer)?;
         }
@@ -133,7 +139,7 @@ struct Lesson<'a> {
     targets: Vec<SoftTarget>,
 }
 
-/// One optimizer step.
+/// One optimizer step; also the norm of the gradient before it was clipped.
 fn step(
     frozen: &Decoder,
     adapters: &Adapters,
@@ -142,7 +148,7 @@ fn step(
     batch: &[Lesson],
     seed: u64,
     progress: &mut Progress,
-) -> Result<LossPoint> {
+) -> Result<(LossPoint, f64)> {
     let step = progress.step;
     let predicted: usize = batch.iter().map(|lesson| lesson.targets.len()).sum();
     let scale = 1.0 / predicted.max(1) as f64;
@@ -174,5 +180,5 @@ fn step(
     progress.curve.push(point);
     progress.step += 1;
     progress.tokens += batch.iter().map(|lesson| lesson.window.len() as u64).sum::<u64>();
-    Ok(point)
+    Ok((point, norm))
 }
