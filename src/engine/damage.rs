@@ -8,10 +8,9 @@ use candle_core::{DType, Tensor};
 use super::data::items::Item;
 use super::eval::loglikelihood::{Likelihood, Request, likelihoods_without, walk};
 use super::eval::tasks;
-use super::model::batch::{batches, nothing};
 use super::model::cuts::Cuts;
 use super::model::kernel::rows::likeliest;
-use super::model::{Batch, Checkpoint, Decoder};
+use super::model::{Checkpoint, Decoder};
 use super::select::{Measured, Oracle};
 use super::{Cx, Error, Result};
 use crate::job::spec::{DamageMeasure, DamageSpec};
@@ -179,16 +178,13 @@ fn over_windows(lost: &[f64], tokens: &[f64]) -> Measured {
 /// By layer: the sum of absolute values of the streams that leave it, relative to those that enter.
 fn growth(decoder: &Decoder, requests: &[Request], cx: Cx) -> Result<Vec<f64>> {
     let texts: Vec<&[u32]> = requests.iter().map(|request| request.tokens.as_slice()).collect();
-    let parts = batches(&texts, decoder.rows_at_once(), usize::MAX, nothing);
-    let batches: Vec<Batch> = parts.into_iter().map(|part| Batch::of(&texts[part])).collect();
-    let passes: Vec<_> = batches.iter().map(|batch| decoder.pass(batch)).collect();
+    let (passes, mut streams) = decoder.packed(&texts, usize::MAX)?;
     let layers: Vec<usize> = (0..decoder.config().layer_count).collect();
     let mut sizes = vec![0.0; layers.len() + 1];
     let size = |x: &Tensor| -> Result<f64> {
         let rows: Vec<f32> = x.abs()?.to_dtype(DType::F32)?.sum(1)?.to_vec1()?;
         Ok(rows.iter().map(|v| f64::from(*v)).sum())
     };
-    let mut streams = decoder.streams(&batches)?;
     for batch in 0..streams.len() {
         sizes[0] += size(&streams.get(batch)?)?;
     }

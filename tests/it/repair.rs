@@ -15,7 +15,9 @@ use secateur::engine::workspace::Workspace;
 use secateur::job::heal::{HealSettings, LeastSquaresSettings, RescaleSettings};
 use secateur::job::progress::Stage;
 use secateur::job::report::{Block, CheckpointRef};
-use secateur::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec, WeightType};
+use secateur::job::spec::{
+    Corpus, DamageSpec, HealMethod, JobSpec, LeastSquaresSpec, RescaleSpec, WeightType,
+};
 use serde_json::{Value, json};
 
 use crate::parity::{GOLDENS, write};
@@ -53,6 +55,13 @@ impl Bed {
             base,
             pruned,
         }
+    }
+
+    /// Whether `method` is refused for this model, the golden `name`: just when it is one of `refused`.
+    fn refuses(&self, method: &HealMethod, name: &str, refused: &[&str]) -> bool {
+        let refuses = method.refused_for(&self.base.config().facts()).is_some();
+        assert_eq!(refuses, refused.contains(&name), "{name}");
+        refuses
     }
 
     fn golden(name: &str, dropped: &[u32]) -> Self {
@@ -172,11 +181,8 @@ const SCALE_TOLERANCE: f32 = 1e-3;
 fn rescaled_files_compute_what_a_stream_scaled_behind_each_cut_does_in_every_family() {
     for name in GOLDENS {
         let bed = Bed::golden(name, &[0, 2]);
-        let method = HealMethod::Rescale(secateur::job::spec::RescaleSpec::default());
-        let refused = method.refused_for(&bed.base.config().facts());
         // Its MLP reads the stream as it is.
-        assert_eq!(refused.is_some(), *name == "olmo2", "{name}");
-        if refused.is_some() {
+        if bed.refuses(&HealMethod::Rescale(RescaleSpec::default()), name, &["olmo2"]) {
             continue;
         }
         let remedy = bed.treated("pruned", &[1.0, 1.0], &rescale());
@@ -238,11 +244,9 @@ fn scaling_a_second_time_finds_nothing_to_do() {
 fn a_fitted_map_is_in_the_files_as_it_was_found_in_every_family() {
     for name in GOLDENS {
         let bed = Bed::golden(name, &[1, 3]);
-        let method = HealMethod::LeastSquares(secateur::job::spec::LeastSquaresSpec::default());
-        let refused = method.refused_for(&bed.base.config().facts());
         // A norm stands between the MLP and the stream.
-        assert_eq!(refused.is_some(), ["olmo2", "gemma2", "gemma3"].contains(name), "{name}");
-        if refused.is_some() {
+        let method = HealMethod::LeastSquares(LeastSquaresSpec::default());
+        if bed.refuses(&method, name, &["olmo2", "gemma2", "gemma3"]) {
             continue;
         }
         let remedy = bed.treated("pruned", &[1.0, 1.0], &least_squares(1e-3));

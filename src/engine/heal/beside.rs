@@ -5,11 +5,10 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use super::Case;
-use crate::engine::model::batch::{batches, nothing};
 use crate::engine::model::layer::{Layer, Pass};
 use crate::engine::model::streams::Streams;
 use crate::engine::model::weight::with;
-use crate::engine::model::{Batch, Checkpoint, Decoder};
+use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::{Cx, Result};
 use crate::job::report::{Block, Repaired};
 
@@ -38,10 +37,8 @@ impl Walker {
     fn open(checkpoint: &Checkpoint, windows: &[Vec<u32>], cx: Cx) -> Result<Self> {
         let decoder = Decoder::open(checkpoint, cx.compute)?;
         let texts: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
-        let parts = batches(&texts, decoder.rows_at_once(), WINDOWS, nothing);
-        let batches: Vec<Batch> = parts.into_iter().map(|part| Batch::of(&texts[part])).collect();
-        let passes = batches.iter().map(|batch| decoder.pass(batch)).collect();
-        Ok(Self { streams: decoder.streams(&batches)?, passes, decoder, at: 0 })
+        let (passes, streams) = decoder.packed(&texts, WINDOWS)?;
+        Ok(Self { decoder, passes, streams, at: 0 })
     }
 
     fn go_to(&mut self, layer: usize, task: &str, cx: Cx) -> Result<()> {

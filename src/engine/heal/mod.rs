@@ -25,7 +25,7 @@ pub use windows::Windows;
 use self::backward::{Adapters, mean_loss};
 use self::change::Changes;
 use super::model::{Checkpoint, Decoder};
-use super::workspace::{Workspace, write_json};
+use super::workspace::Workspace;
 use super::{Cx, Result};
 use crate::job::heal::HealSettings;
 use crate::job::report::{Block, CheckpointRef, HealReport, LossPoint, Repaired};
@@ -162,7 +162,8 @@ fn tried(
     let source = Checkpoint::open(&workspace.dir().join(&standing.checkpoint.path))?;
     let judge =
         |checkpoint: &Checkpoint| mean_loss(&Decoder::open(checkpoint, cx.compute)?, &windows.held_out, cx);
-    let held_out_before = kept(scratch, || judge(&source))?;
+    let judged = (&standing.checkpoint.digest, cx.compute.name(), &windows.held_out);
+    let held_out_before = workspace.kept("held-out", &judged, || judge(&source))?;
     let case = Case { wound, source: &source, sizes: &standing.sizes, windows: &windows, scratch, cx };
     let (remedy, candidate) = treat(&case, &settings, workspace)?;
     let held_out_after = judge(&Checkpoint::open(&workspace.dir().join(CANDIDATE))?)?;
@@ -212,16 +213,4 @@ pub fn treat(case: &Case, settings: &HealSettings, workspace: &Workspace) -> Res
     }?;
     let candidate = change::write(case.source, &remedy.changes, CANDIDATE, workspace, case.cx)?;
     Ok((remedy, candidate))
-}
-
-/// The loss that `find` finds before a method begins, kept for the next attempt.
-fn kept(scratch: &Path, find: impl FnOnce() -> Result<f64>) -> Result<f64> {
-    let file = scratch.join("held_out.json");
-    if let Some(found) = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
-        return Ok(found);
-    }
-    let found = find()?;
-    std::fs::create_dir_all(scratch)?;
-    write_json(&file, &found)?;
-    Ok(found)
 }

@@ -114,7 +114,7 @@ pub fn train(
         }
         let begun = (Instant::now(), progress.tokens);
         let (point, norm) =
-            step(&frozen, &adapters, &mut optimizer, settings, &lessons, seed, &mut progress)?;
+            step(&frozen, &adapters, &mut optimizer, settings, &mut lessons, seed, &mut progress)?;
         let tokens_per_s = (progress.tokens - begun.1) as f64 / begun.0.elapsed().as_secs_f64();
         cx.measured("loss", u64::from(point.step), point.loss);
         cx.measured("learning_rate", u64::from(point.step), point.learning_rate);
@@ -145,7 +145,7 @@ fn step(
     adapters: &Adapters,
     optimizer: &mut AdamW,
     settings: &QloraSettings,
-    batch: &[Lesson],
+    batch: &mut [Lesson],
     seed: u64,
     progress: &mut Progress,
 ) -> Result<(LossPoint, f64)> {
@@ -156,10 +156,11 @@ fn step(
     let mut loss = 0.0;
     let mut gradients = Vec::new();
     let tokens = MICRO_BATCH_TOKENS.min(frozen.rows_at_once());
-    for (micro_batch, lessons) in batch.chunks((tokens / longest).max(1)).enumerate() {
+    for (micro_batch, lessons) in batch.chunks_mut((tokens / longest).max(1)).enumerate() {
         let draw = Draw { seed: stream_key(&[seed, 3]), step, micro_batch };
         let windows: Vec<&[u32]> = lessons.iter().map(|lesson| lesson.window).collect();
-        let targets: Vec<SoftTarget> = lessons.iter().flat_map(|lesson| lesson.targets.clone()).collect();
+        let targets: Vec<SoftTarget> =
+            lessons.iter_mut().flat_map(|lesson| std::mem::take(&mut lesson.targets)).collect();
         let (nll, new) = loss_and_gradients(frozen, adapters, &windows, &targets, scale, draw)?;
         loss += nll * scale;
         gradients = if gradients.is_empty() {

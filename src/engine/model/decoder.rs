@@ -6,7 +6,7 @@ use std::ops::Range;
 use candle_core::{DType, Tensor, Var};
 use rayon::prelude::*;
 
-use super::batch::{Batch, InCommon, beginning, nothing};
+use super::batch::{Batch, InCommon, batches, beginning, nothing};
 use super::cache::KvCache;
 use super::checkpoint::Checkpoint;
 use super::kernel::attention::Sequence;
@@ -312,6 +312,13 @@ impl Decoder {
             self.release(*index);
         }
         Ok(())
+    }
+
+    /// Texts packed into batches of at most `at_most`: their positions, and their streams entering layer 0.
+    pub fn packed(&self, texts: &[&[u32]], at_most: usize) -> Result<(Vec<Pass>, Streams)> {
+        let parts = batches(texts, self.rows_at_once(), at_most, nothing);
+        let batches: Vec<Batch> = parts.into_iter().map(|part| Batch::of(&texts[part])).collect();
+        Ok((batches.iter().map(|batch| self.pass(batch)).collect(), self.streams(&batches)?))
     }
 
     /// The streams of `batches` entering layer 0.
