@@ -15,12 +15,13 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use secateur::engine::damage::Damage;
-use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients, next_tokens};
+use secateur::engine::heal::backward::{Objective, loss_and_gradients, next_tokens};
+use secateur::engine::heal::trainables::{Draw, Trainables};
 use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
 use secateur::engine::profile::profile;
 use secateur::engine::select::{Measured, Oracle, Oracles, select};
 use secateur::engine::{Cx, Result};
-use secateur::job::preset::QloraSettings;
+use secateur::job::heal::QloraSettings;
 use secateur::job::progress::{Event, Observer, Stage};
 use secateur::job::spec::{BaseBits, CalibrationSpec, Preset, PruneSpec, QloraSpec, TokenPosition};
 use serde_json::json;
@@ -173,13 +174,14 @@ fn step(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Work<'sta
     let windows = windows(checkpoint, 4, 256);
     let predicted = 4 * 255;
     let decoder = Decoder::open_frozen(checkpoint, compute, bits).unwrap();
-    let adapters = Adapters::new(checkpoint.config(), &settings, 0, &compute.device).unwrap();
+    let adapters = Trainables::adapters(checkpoint.config(), &settings, 0, &compute.device).unwrap();
     let run = move || {
         let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
         let targets = next_tokens(&batch);
         let draw = Draw { seed: 0, step: 0, micro_batch: 0 };
         let scale = 1.0 / f64::from(predicted);
-        let (nll, _) = loss_and_gradients(&decoder, &adapters, &batch, &targets, scale, draw).unwrap();
+        let objective = Objective { targets: &targets, seams: &[], scale };
+        let (nll, _) = loss_and_gradients(&decoder, &adapters, &batch, &objective, draw).unwrap();
         nll * scale
     };
     Work { tokens: 4 * 256, run: Box::new(run) }

@@ -173,6 +173,7 @@ impl Config {
             experts: self.experts.is_some(),
             // Without a norm of its own a parallel MLP reads what attention's norm gives.
             scale_free: names.attention_in.is_some() && (self.mlp_in.is_some() || self.parallel),
+            tied: self.tied,
             plain_mlp: names.mlp_out.is_none(),
         }
     }

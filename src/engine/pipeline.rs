@@ -292,11 +292,6 @@ impl Run<'_> {
         let mut methods = self.local.heal.clone();
         for method in &mut methods {
             *method.corpus_mut() = by_content(method.corpus())?;
-            match method {
-                // How often progress is kept changes nothing.
-                HealMethod::Qlora(spec) => spec.checkpoint_every = None,
-                HealMethod::Rescale(_) | HealMethod::LeastSquares(_) => {}
-            }
         }
         let inputs = json!({
             // The base writes the text to heal on, where that is asked.

@@ -1,12 +1,11 @@
 //! What is asked of healing: the methods, in the order they run, and what each of them takes.
 
 use serde::{Deserialize, Serialize};
-use utoipa::openapi::schema::{ObjectBuilder, Type};
-use utoipa::openapi::{RefOr, Schema};
-use utoipa::{PartialSchema, ToSchema};
+use utoipa::ToSchema;
 
-use super::preset::{ModelFacts, QloraSettings};
+use super::preset::{ModelFacts, whole};
 use super::spec::{Corpus, Preset};
+use super::training::{BaseBits, Training, TrainingSpec};
 
 /// One way to close the wound.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -19,6 +18,26 @@ pub enum HealMethod {
     /// Has the MLP below the cut do what a linear map can do for the layers that went (arXiv 2505.02819); trains
     /// nothing.
     LeastSquares(LeastSquaresSpec),
+    /// Trains the layer below the cut to give the stream that the base model has behind it (arXiv 2403.19135).
+    Reconstruct(ReconstructSpec),
+    /// Trains the last layers, and the head, as they are (arXiv 2411.15558).
+    Partial(PartialSpec),
+    /// Trains all layers as they are.
+    Full(FullSpec),
+}
+
+/// What is done with each of the methods, which hold fields of the same name.
+macro_rules! each {
+    ($method:expr, $spec:ident => $work:expr) => {
+        match $method {
+            Self::Qlora($spec) => $work,
+            Self::Rescale($spec) => $work,
+            Self::LeastSquares($spec) => $work,
+            Self::Reconstruct($spec) => $work,
+            Self::Partial($spec) => $work,
+            Self::Full($spec) => $work,
+        }
+    };
 }
 
 impl HealMethod {
@@ -29,24 +48,30 @@ impl HealMethod {
             Self::Qlora(_) => "qlora",
             Self::Rescale(_) => "rescale",
             Self::LeastSquares(_) => "least_squares",
+            Self::Reconstruct(_) => "reconstruct",
+            Self::Partial(_) => "partial",
+            Self::Full(_) => "full",
         }
     }
 
     /// The text it works on. It must not be a text the job is evaluated on.
     #[must_use]
     pub const fn corpus(&self) -> &Corpus {
-        match self {
-            Self::Qlora(spec) => &spec.corpus,
-            Self::Rescale(spec) => &spec.corpus,
-            Self::LeastSquares(spec) => &spec.corpus,
-        }
+        each!(self, spec => &spec.corpus)
     }
 
     pub const fn corpus_mut(&mut self) -> &mut Corpus {
+        each!(self, spec => &mut spec.corpus)
+    }
+
+    /// How it trains by optimizer steps on the text itself, where it does.
+    #[must_use]
+    pub const fn training(&self) -> Option<&TrainingSpec> {
         match self {
-            Self::Qlora(spec) => &mut spec.corpus,
-            Self::Rescale(spec) => &mut spec.corpus,
-            Self::LeastSquares(spec) => &mut spec.corpus,
+            Self::Qlora(spec) => Some(&spec.training),
+            Self::Partial(spec) => Some(&spec.training),
+            Self::Full(spec) => Some(&spec.training),
+            Self::Rescale(_) | Self::LeastSquares(_) | Self::Reconstruct(_) => None,
         }
     }
 
@@ -55,6 +80,8 @@ impl HealMethod {
     #[must_use]
     pub fn settings(&self, preset: Preset, facts: &ModelFacts, dropped: u32) -> HealSettings {
         let most = facts.max_position_embeddings;
+        let left = facts.layer_count.saturating_sub(dropped);
+        let head = |asked: Option<bool>| asked.unwrap_or(!facts.tied);
         match self {
             Self::Qlora(spec) => HealSettings::Qlora(spec.settings(preset, facts, dropped)),
             Self::Rescale(spec) => HealSettings::Rescale(RescaleSettings {
@@ -65,6 +92,22 @@ impl HealMethod {
                 samples: spec.samples,
                 seq_len: spec.seq_len.min(most),
                 ridge: spec.ridge,
+            }),
+            Self::Reconstruct(spec) => HealSettings::Reconstruct(ReconstructSettings {
+                samples: spec.samples,
+                seq_len: spec.seq_len.min(most),
+                epochs: spec.epochs,
+                learning_rate: spec.learning_rate,
+            }),
+            Self::Partial(spec) => HealSettings::Whole(WholeSettings {
+                last_layers: spec.layers.min(left),
+                head: head(spec.head),
+                training: whole(&spec.training, preset, facts, dropped),
+            }),
+            Self::Full(spec) => HealSettings::Whole(WholeSettings {
+                last_layers: left,
+                head: head(spec.head),
+                training: whole(&spec.training, preset, facts, dropped),
             }),
         }
     }
@@ -85,6 +128,17 @@ impl HealMethod {
                 "{name} cannot be exact for {model}: a norm follows its MLP, and a linear map does not pass through \
                  it into the projection before; leave it out, qlora takes this family"
             )),
+            Self::Reconstruct(_) | Self::Partial(_) | Self::Full(_) if facts.experts => Some(format!(
+                "{name} does not train experts, which are most of {model}; leave it out, qlora takes its attention"
+            )),
+            Self::Partial(PartialSpec { head, .. }) | Self::Full(FullSpec { head, .. })
+                if facts.tied && *head == Some(true) =>
+            {
+                Some(format!(
+                    "{name} cannot train the head of this {model}, which is its embedding as well; leave `head` out"
+                ))
+            }
+            Self::Reconstruct(_) | Self::Partial(_) | Self::Full(_) => None,
         }
     }
 }
@@ -94,7 +148,9 @@ impl HealMethod {
 #[serde(untagged)]
 pub enum HealSettings {
     Qlora(QloraSettings),
+    Whole(WholeSettings),
     LeastSquares(LeastSquaresSettings),
+    Reconstruct(ReconstructSettings),
     Rescale(RescaleSettings),
 }
 
@@ -103,9 +159,11 @@ impl HealSettings {
     #[must_use]
     pub const fn seq_len(&self) -> u32 {
         match self {
-            Self::Qlora(settings) => settings.seq_len,
+            Self::Qlora(settings) => settings.training.seq_len,
+            Self::Whole(settings) => settings.training.seq_len,
             Self::Rescale(settings) => settings.seq_len,
             Self::LeastSquares(settings) => settings.seq_len,
+            Self::Reconstruct(settings) => settings.seq_len,
         }
     }
 
@@ -113,9 +171,11 @@ impl HealSettings {
     #[must_use]
     pub const fn windows(&self) -> usize {
         match self {
-            Self::Qlora(settings) => settings.steps as usize * settings.batch_size as usize,
+            Self::Qlora(settings) => settings.training.windows(),
+            Self::Whole(settings) => settings.training.windows(),
             Self::Rescale(settings) => settings.samples as usize,
             Self::LeastSquares(settings) => settings.samples as usize,
+            Self::Reconstruct(settings) => settings.samples as usize,
         }
     }
 }
@@ -189,106 +249,100 @@ pub struct QloraSpec {
     pub alpha: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f64>,
-    /// Linear layers that get an adapter, by name: `q_proj`, …, `down_proj`.
+    /// Linear layers that get an adapter, by name: `q_proj`, …, `down_proj`; or `attention`, `ffn`, `all`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub targets: Option<Vec<String>>,
     #[serde(default)]
     pub bits: BaseBits,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub learning_rate: Option<f64>,
-    #[serde(default)]
-    pub schedule: Schedule,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub warmup_steps: Option<u32>,
-    /// Optimizer steps.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub steps: Option<u32>,
-    /// Windows per optimizer step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub batch_size: Option<u32>,
-    /// Tokens per window.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub seq_len: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub weight_decay: Option<f64>,
-    /// Learn what the base model predicts, beside the text itself.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub distill: Option<DistillSpec>,
-    /// Steps between resume points.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub checkpoint_every: Option<u32>,
+    #[serde(flatten)]
+    pub training: TrainingSpec,
 }
 
-/// The base model as a teacher (arXiv 1503.02531).
+/// QLoRA with nothing left open: what a heal stage really runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct QloraSettings {
+    pub rank: u32,
+    pub alpha: f64,
+    pub dropout: f64,
+    pub targets: Vec<String>,
+    pub bits: BaseBits,
+    #[serde(flatten)]
+    pub training: Training,
+}
+
+/// What is asked of `partial`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PartialSpec {
+    /// Text to heal on. It must not be a text the job is evaluated on.
+    #[serde(default)]
+    pub corpus: Corpus,
+    /// How many of the last layers are trained.
+    #[serde(default = "last_layers")]
+    pub layers: u32,
+    /// Train the head, too: by default where it is not the embedding as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<bool>,
+    #[serde(flatten)]
+    pub training: TrainingSpec,
+}
+
+/// Three, as arXiv 2411.15558 has it.
+const fn last_layers() -> u32 {
+    3
+}
+
+/// What is asked of `full`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FullSpec {
+    /// Text to heal on. It must not be a text the job is evaluated on.
+    #[serde(default)]
+    pub corpus: Corpus,
+    /// Train the head, too: by default where it is not the embedding as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<bool>,
+    #[serde(flatten)]
+    pub training: TrainingSpec,
+}
+
+/// `partial` or `full` with nothing left open.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct WholeSettings {
+    /// How many of the last layers are trained: all linear layers of each.
+    pub last_layers: u32,
+    pub head: bool,
+    #[serde(flatten)]
+    pub training: Training,
+}
+
+/// What is asked of `reconstruct`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct DistillSpec {
-    /// Share of the loss that is about what the base predicts, above 0 and up to 1; the rest is about the text itself.
-    pub weight: f64,
-    /// How many of the tokens that the base finds likeliest are taught at each place.
-    pub top_k: u32,
+pub struct ReconstructSpec {
+    /// Text to fit on.
+    pub corpus: Corpus,
+    /// Windows to fit on, beside those that judge.
+    pub samples: u32,
+    /// Tokens per window.
+    pub seq_len: u32,
+    /// How often each window is gone through.
+    pub epochs: u32,
+    pub learning_rate: f64,
 }
 
-impl Default for DistillSpec {
+impl Default for ReconstructSpec {
     fn default() -> Self {
-        Self { weight: 0.5, top_k: 64 }
+        Self { corpus: Corpus::default(), samples: 128, seq_len: 512, epochs: 4, learning_rate: 3e-4 }
     }
 }
 
-/// Bits per weight of the frozen base while adapters are trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u8", into = "u8")]
-pub enum BaseBits {
-    /// NF4 with double quantisation (arXiv 2305.14314).
-    #[default]
-    Four,
-    /// Blockwise absmax int8.
-    Eight,
-    /// The checkpoint's own 16-bit values.
-    Sixteen,
-}
-
-impl TryFrom<u8> for BaseBits {
-    type Error = String;
-    fn try_from(bits: u8) -> Result<Self, String> {
-        match bits {
-            4 => Ok(Self::Four),
-            8 => Ok(Self::Eight),
-            16 => Ok(Self::Sixteen),
-            _ => Err(format!("bits must be 4, 8 or 16, not {bits}")),
-        }
-    }
-}
-
-impl From<BaseBits> for u8 {
-    fn from(bits: BaseBits) -> Self {
-        match bits {
-            BaseBits::Four => 4,
-            BaseBits::Eight => 8,
-            BaseBits::Sixteen => 16,
-        }
-    }
-}
-
-/// The numbers themselves, which a derive over the names cannot know.
-impl PartialSchema for BaseBits {
-    fn schema() -> RefOr<Schema> {
-        ObjectBuilder::new()
-            .schema_type(Type::Integer)
-            .description(Some("Bits per weight of the frozen base while adapters are trained."))
-            .enum_values(Some([4, 8, 16]))
-            .into()
-    }
-}
-
-impl ToSchema for BaseBits {}
-
-/// How the learning rate moves after warm-up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    #[default]
-    Cosine,
-    Linear,
-    Constant,
+/// `reconstruct` with nothing left open.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReconstructSettings {
+    pub samples: u32,
+    pub seq_len: u32,
+    pub epochs: u32,
+    pub learning_rate: f64,
 }

@@ -14,3 +14,4 @@ pub mod rules;
 pub mod shape;
 pub mod spec;
 pub mod state;
+pub mod training;

@@ -297,6 +297,10 @@ pub struct HealReport {
     /// What was done at each cut, where that is what the method does.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<Repaired>,
+    /// The optimizer step at which the loss was no number, if there was one: training ended, and what was kept is from
+    /// before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diverged_at: Option<u32>,
     /// Held-out loss per token of the checkpoint it began with, in nats.
     pub held_out_before: f64,
     /// Held-out loss per token of the healed checkpoint, measured on the written files.

@@ -4,7 +4,7 @@ use super::complaint::Complaint;
 use super::preset::ModelFacts;
 use super::spec::{
     CalibrationSpec, Corpus, DamageSpec, HealMethod, JobSpec, ModelSource, PruneAmount, QloraSpec, Strategy,
-    TaskSpec,
+    TaskSpec, TrainingSpec,
 };
 
 /// Longest window and largest counts accepted: beyond any model in the field,
@@ -45,6 +45,21 @@ impl JobSpec {
         for (i, refused) in self.heal.iter().enumerate().filter_map(|(i, h)| Some((i, h.refused_for(model)?)))
         {
             out.add(&format!("/heal/{i}/method"), refused);
+        }
+        for (i, method) in self.heal.iter().enumerate() {
+            match method {
+                HealMethod::Qlora(QloraSpec { rank: Some(rank), .. }) => {
+                    out.range(&format!("/heal/{i}/rank"), *rank, 1, model.hidden_size);
+                }
+                HealMethod::Partial(spec) => {
+                    out.range(&format!("/heal/{i}/layers"), spec.layers, 1, layer_count);
+                }
+                HealMethod::Qlora(_)
+                | HealMethod::Rescale(_)
+                | HealMethod::LeastSquares(_)
+                | HealMethod::Reconstruct(_)
+                | HealMethod::Full(_) => {}
+            }
         }
         let p = &self.prune;
         if let (Strategy::Explicit, Some(layers)) = (p.strategy, &p.layers) {
@@ -165,17 +180,31 @@ impl JobSpec {
         for (i, method) in self.heal.iter().enumerate() {
             let at = format!("/heal/{i}");
             check_corpus(method.corpus(), &format!("{at}/corpus"), out);
+            if let Some(training) = method.training() {
+                check_training(training, &at, out);
+            }
             let (samples, seq_len) = match method {
                 HealMethod::Qlora(spec) => {
                     check_qlora(spec, &at, out);
                     continue;
                 }
+                HealMethod::Partial(spec) => {
+                    out.range(&format!("{at}/layers"), spec.layers, 1, MAX_COUNT);
+                    continue;
+                }
+                HealMethod::Full(_) => continue,
                 HealMethod::Rescale(spec) => (spec.samples, spec.seq_len),
                 HealMethod::LeastSquares(spec) => {
                     if !(spec.ridge.is_finite() && spec.ridge >= 0.0) {
                         out.add(&format!("{at}/ridge"), "must be 0 or more, e.g. 0.01");
                     }
-                    self.check_below_cut(out);
+                    self.check_below_cut("least_squares", out);
+                    (spec.samples, spec.seq_len)
+                }
+                HealMethod::Reconstruct(spec) => {
+                    out.range(&format!("{at}/epochs"), spec.epochs, 1, MAX_COUNT);
+                    out.positive(&format!("{at}/learning_rate"), Some(spec.learning_rate), 1.0);
+                    self.check_below_cut("reconstruct", out);
                     (spec.samples, spec.seq_len)
                 }
             };
@@ -184,18 +213,18 @@ impl JobSpec {
         }
     }
 
-    /// `least_squares` changes the layer below each cut: there must be one.
-    fn check_below_cut(&self, out: &mut Complaints) {
-        const WHY: &str = "least_squares changes the layer below the cut";
+    /// `method` changes the layer below each cut: there must be one.
+    fn check_below_cut(&self, method: &str, out: &mut Complaints) {
+        let why = format!("{method} changes the layer below the cut");
         let p = &self.prune;
         let named = p.layers.iter().flatten().position(|layer| *layer == 0);
         if let (Strategy::Explicit, Some(i)) = (p.strategy, named) {
             out.add(
                 &format!("/prune/layers/{i}"),
-                format!("{WHY}, and below layer 0 there is none; keep layer 0"),
+                format!("{why}, and below layer 0 there is none; keep layer 0"),
             );
         } else if p.strategy != Strategy::Explicit && p.keep_first == 0 {
-            out.add("/prune/keep_first", format!("{WHY}: give at least 1, so that one stays there"));
+            out.add("/prune/keep_first", format!("{why}: give at least 1, so that one stays there"));
         }
     }
 
@@ -300,31 +329,52 @@ fn check_tasks(tasks: &[TaskSpec], at: &str, out: &mut Complaints) {
     }
 }
 
-fn check_qlora(q: &QloraSpec, at: &str, out: &mut Complaints) {
+fn check_training(t: &TrainingSpec, at: &str, out: &mut Complaints) {
     let counts = [
-        ("rank", q.rank, 1, 1024),
-        ("steps", q.steps, 1, MAX_COUNT),
-        ("batch_size", q.batch_size, 1, 4096),
-        ("seq_len", q.seq_len, 2, MAX_SEQ_LEN),
-        ("checkpoint_every", q.checkpoint_every, 1, MAX_COUNT),
-        ("warmup_steps", q.warmup_steps, 0, MAX_COUNT),
+        ("steps", t.steps, 1, MAX_COUNT),
+        ("batch_size", t.batch_size, 1, 4096),
+        ("seq_len", t.seq_len, 2, MAX_SEQ_LEN),
+        ("checkpoint_every", t.checkpoint_every, 1, MAX_COUNT),
+        ("warmup_steps", t.warmup_steps, 0, MAX_COUNT),
     ];
     for (name, value, low, high) in counts {
         if let Some(value) = value {
             out.range(&format!("{at}/{name}"), value, low, high);
         }
     }
-    out.positive(&format!("{at}/alpha"), q.alpha, 65_536.0);
-    out.positive(&format!("{at}/learning_rate"), q.learning_rate, 1.0);
-    if q.dropout.is_some_and(|d| !(0.0..1.0).contains(&d)) {
-        out.add(&format!("{at}/dropout"), "must be at least 0 and less than 1");
+    if let (Some(warmup), Some(steps)) = (t.warmup_steps, t.steps)
+        && warmup > steps
+    {
+        out.add(
+            &format!("{at}/warmup_steps"),
+            format!("is {warmup}, but the training has only {steps} steps"),
+        );
     }
-    if q.weight_decay.is_some_and(|d| !(0.0..=1.0).contains(&d)) {
+    out.positive(&format!("{at}/learning_rate"), t.learning_rate, 1.0);
+    out.positive(&format!("{at}/eps"), t.eps, 1.0);
+    out.positive(&format!("{at}/max_gradient_norm"), t.max_gradient_norm, 1e9);
+    if t.weight_decay.is_some_and(|d| !(0.0..=1.0).contains(&d)) {
         out.add(&format!("{at}/weight_decay"), "must be from 0 to 1");
     }
-    if let Some(distill) = &q.distill {
+    if t.betas.is_some_and(|betas| betas.iter().any(|beta| !(0.0..1.0).contains(beta))) {
+        out.add(&format!("{at}/betas"), "must each be at least 0 and less than 1");
+    }
+    if let Some(distill) = &t.distill {
         out.positive(&format!("{at}/distill/weight"), Some(distill.weight), 1.0);
         out.range(&format!("{at}/distill/top_k"), distill.top_k, 1, 4096);
+        if !(0.0..=1e6).contains(&distill.seam) {
+            out.add(&format!("{at}/distill/seam"), "must be from 0 to 1000000");
+        }
+    }
+}
+
+fn check_qlora(q: &QloraSpec, at: &str, out: &mut Complaints) {
+    if let Some(rank) = q.rank {
+        out.range(&format!("{at}/rank"), rank, 1, 1024);
+    }
+    out.positive(&format!("{at}/alpha"), q.alpha, 65_536.0);
+    if q.dropout.is_some_and(|d| !(0.0..1.0).contains(&d)) {
+        out.add(&format!("{at}/dropout"), "must be at least 0 and less than 1");
     }
     if q.targets.as_ref().is_some_and(Vec::is_empty) {
         out.add(&format!("{at}/targets"), "name at least one linear layer, e.g. \"down_proj\"");

@@ -48,9 +48,16 @@ impl Shapes {
     }
 
     /// serde refuses unknown fields in tagged values too; the derived schema
-    /// does not say so, and for `tag + struct` it says the impossible (`allOf`
-    /// of a closed struct and a tag it does not know).
+    /// does not say so, and for `tag + struct` and flattened fields it says the impossible (`allOf`
+    /// of a closed struct and fields it does not know).
     fn close(&self, schema: &Value) -> Value {
+        if let Some(parts) = schema.get("allOf").and_then(Value::as_array) {
+            let mut merged = self.merge(schema, parts);
+            if parts.iter().any(|part| part["additionalProperties"] == json!(false)) {
+                merged["additionalProperties"] = json!(false);
+            }
+            return merged;
+        }
         let Some(variants) = schema.get("oneOf").and_then(Value::as_array) else { return schema.clone() };
         let variants = variants.iter().map(|variant| {
             let mut closed = match variant.get("allOf").and_then(Value::as_array) {
@@ -71,6 +78,8 @@ impl Shapes {
         let mut properties = Map::new();
         let mut required = Vec::new();
         for part in parts.iter().rev().map(|part| self.resolve(part)) {
+            let inner = part.get("allOf").and_then(Value::as_array).map(|parts| self.merge(part, parts));
+            let part = inner.as_ref().unwrap_or(part);
             properties.extend(part["properties"].as_object().cloned().unwrap_or_default());
             required.extend(part["required"].as_array().cloned().unwrap_or_default());
         }

@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-pub use super::heal::{BaseBits, HealMethod, LeastSquaresSpec, QloraSpec, RescaleSpec, Schedule};
+pub use super::heal::{
+    FullSpec, HealMethod, LeastSquaresSpec, PartialSpec, QloraSpec, ReconstructSpec, RescaleSpec,
+};
 pub use super::prune::{DamageMeasure, DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
+pub use super::training::{BaseBits, DistillSpec, MomentBits, Schedule, TrainingSpec};
 
 /// One pruning job, as a person writes it. Everything but `model` and
 /// `prune.amount` has a default.
@@ -46,8 +49,8 @@ impl JobSpec {
     #[must_use]
     pub fn mends_streams(&self) -> bool {
         let repairs = self.heal.iter().any(|method| match method {
-            HealMethod::Rescale(_) | HealMethod::LeastSquares(_) => true,
-            HealMethod::Qlora(_) => false,
+            HealMethod::Rescale(_) | HealMethod::LeastSquares(_) | HealMethod::Reconstruct(_) => true,
+            HealMethod::Qlora(_) | HealMethod::Partial(_) | HealMethod::Full(_) => false,
         });
         repairs || !self.heal.is_empty() && self.prune.strategies().contains(&Strategy::Auto)
     }

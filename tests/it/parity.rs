@@ -10,7 +10,8 @@ use safetensors::SafeTensors;
 use safetensors::tensor::serialize_to_file;
 use secateur::checkpoint::family::FAMILIES;
 use secateur::engine::chance::unit;
-use secateur::engine::heal::backward::{Adapters, Draw, loss_and_gradients, next_tokens};
+use secateur::engine::heal::backward::{Objective, loss_and_gradients, next_tokens};
+use secateur::engine::heal::trainables::{Draw, Trainables};
 use secateur::engine::model::generate::continue_text;
 use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
 use secateur::engine::prune::Cut;
@@ -158,21 +159,20 @@ impl Golden {
     fn head(&self, ids: &[u32]) -> (f32, Tensor) {
         let x = self.of(&format!("stream.{}", self.decoder.config().layer_count)).get(0).unwrap();
         let x = x.narrow(0, 0, ids.len() - 1).unwrap();
-        let (nll, gradient) = self.decoder.token_nll_backward(&x, &next_tokens(&[ids]), 0.1).unwrap();
-        (nll.iter().sum(), gradient)
+        let loss = self.decoder.token_nll_backward(&x, &next_tokens(&[ids]), 0.1, None).unwrap();
+        (loss.nll.iter().sum(), loss.stream)
     }
 
-    /// Every adapter's gradient, against finite differences along itself.
+    /// Every gradient of adapters, and of weights where they can be trained, against finite differences along itself.
     fn gradients_are_right(&self) {
         let checkpoint = Checkpoint::open(self.dir.path()).unwrap();
-        let decoder = Decoder::open_frozen(&checkpoint, &compute(), BaseBits::Sixteen).unwrap();
         let spec: QloraSpec = serde_json::from_value(json!({
             "corpus": {"from": "model"}, "rank": 2, "dropout": 0.0, "targets": ["all"]
         }))
         .unwrap();
         let config = checkpoint.config();
         let settings = spec.settings(Preset::Paper, &config.facts(), 1);
-        let adapters = Adapters::new(config, &settings, 3, &Device::Cpu).unwrap();
+        let adapters = Trainables::adapters(config, &settings, 3, &Device::Cpu).unwrap();
         for (key, variable) in adapters.variables.iter().enumerate() {
             // B begins as zero, which would hide A.
             let noise: Vec<f32> =
@@ -180,6 +180,17 @@ impl Golden {
             let noise = Tensor::from_vec(noise, variable.shape(), &Device::Cpu).unwrap();
             variable.set(&(variable.as_detached_tensor() + noise).unwrap()).unwrap();
         }
+        self.gradients_of(&checkpoint, &adapters);
+        if config.experts.is_none() {
+            let (layers, head) = (0..config.layer_count, !config.tied);
+            let weights = Trainables::weights(&checkpoint, layers, head, &Device::Cpu).unwrap();
+            self.gradients_of(&checkpoint, &weights);
+        }
+    }
+
+    fn gradients_of(&self, checkpoint: &Checkpoint, trained: &Trainables) {
+        let config = checkpoint.config();
+        let decoder = Decoder::open_frozen(checkpoint, &compute(), BaseBits::Sixteen).unwrap();
         let rows = self.ids();
         let windows = [&rows[0][..14], &rows[1][..9]];
         // Partly another token than the one that comes, as a teacher may think.
@@ -191,11 +202,12 @@ impl Golden {
         let draw = Draw { seed: 1, step: 0, micro_batch: 0 };
         // A longer step sends a token to another expert, and there the slope jumps.
         let step = if config.experts.is_some() { 1e-3 } else { 5e-3 };
-        let loss = || loss_and_gradients(&decoder, &adapters, &windows, &targets, 1.0, draw).unwrap();
+        let objective = Objective { targets: &targets, seams: &[], scale: 1.0 };
+        let loss = || loss_and_gradients(&decoder, trained, &windows, &objective, draw).unwrap();
         let (_, gradients) = loss();
-        for (i, (variable, gradient)) in adapters.variables.iter().zip(&gradients).enumerate() {
+        for (i, (variable, gradient)) in trained.variables.iter().zip(&gradients).enumerate() {
             let length = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-            assert!(length > 0.0, "{}: adapter matrix {i} has no gradient", self.name);
+            assert!(length > 0.0, "{}: matrix {i} has no gradient", self.name);
             let value = variable.as_detached_tensor().copy().unwrap();
             let direction = (gradient / f64::from(length)).unwrap();
             let at = |by: f64| {
@@ -205,7 +217,7 @@ impl Golden {
             let slope = (at(step) - at(-step)) / (2.0 * step);
             variable.set(&value).unwrap();
             let error = (slope - f64::from(length)).abs() / f64::from(length);
-            assert!(error < 0.03, "{}: adapter matrix {i}: slope {slope}, gradient {length}", self.name);
+            assert!(error < 0.03, "{}: matrix {i}: slope {slope}, gradient {length}", self.name);
         }
     }
 }

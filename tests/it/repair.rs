@@ -12,11 +12,11 @@ use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::engine::prune::Cut;
 use secateur::engine::select::Oracle;
 use secateur::engine::workspace::Workspace;
-use secateur::job::heal::{HealSettings, LeastSquaresSettings, RescaleSettings};
+use secateur::job::heal::{HealSettings, LeastSquaresSettings, ReconstructSettings, RescaleSettings};
 use secateur::job::progress::Stage;
 use secateur::job::report::{Block, CheckpointRef};
 use secateur::job::spec::{
-    Corpus, DamageSpec, HealMethod, JobSpec, LeastSquaresSpec, RescaleSpec, WeightType,
+    Corpus, DamageSpec, HealMethod, JobSpec, LeastSquaresSpec, ReconstructSpec, RescaleSpec, WeightType,
 };
 use serde_json::{Value, json};
 
@@ -146,6 +146,15 @@ fn least_squares(ridge: f64) -> HealSettings {
     HealSettings::LeastSquares(LeastSquaresSettings { samples: 40, seq_len: 16, ridge })
 }
 
+fn reconstruct() -> HealSettings {
+    HealSettings::Reconstruct(ReconstructSettings {
+        samples: 40,
+        seq_len: 16,
+        epochs: 8,
+        learning_rate: 5e-3,
+    })
+}
+
 fn difference(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
@@ -257,6 +266,28 @@ fn a_fitted_map_is_in_the_files_as_it_was_found_in_every_family() {
             let near = if bed.base.config().experts.is_some() { 2e-2 } else { 2e-3 };
             assert!((found - repaired.error_after).abs() < near * found, "{name}: {found} {repaired:?}");
         }
+    }
+}
+
+#[test]
+fn a_layer_trained_for_those_that_went_is_in_the_files_as_it_was_left_in_every_family() {
+    for name in GOLDENS {
+        let bed = Bed::golden(name, &[1, 3]);
+        // Most of such layers are experts.
+        let method = HealMethod::Reconstruct(ReconstructSpec::default());
+        if bed.refuses(&method, name, &["mixtral", "qwen3_moe", "qwen3_moe_step"]) {
+            continue;
+        }
+        let remedy = bed.treated("pruned", &[1.0, 1.0], &reconstruct());
+        assert!(remedy.trainable_parameters > 0);
+        for (cut, repaired) in bed.cuts().into_iter().zip(&remedy.repaired) {
+            assert!(repaired.error_after < 0.9 * repaired.error_before, "{name}: {repaired:?}");
+            let found = bed.lacking(CANDIDATE, cut, 1.0);
+            assert!((found - repaired.error_after).abs() < 2e-3 * found, "{name}: {found} {repaired:?}");
+        }
+        // What was not trained has its bytes still; a run that is told to do it again has nothing left to do.
+        let again = bed.treated("pruned", &[1.0, 1.0], &reconstruct());
+        assert_eq!(again.repaired, remedy.repaired, "{name}");
     }
 }
 

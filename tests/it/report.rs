@@ -10,7 +10,7 @@ use secateur::job::report::{
     LayerSelection, LensReading, LossPoint, Perplexity, Report, Scores, Speed, StageSummary, Step, TaskScore,
     Zone,
 };
-use secateur::job::spec::{HealMethod, JobSpec, Preset, QloraSpec, Strategy};
+use secateur::job::spec::{HealMethod, JobSpec, Preset, QloraSpec, Strategy, TrainingSpec};
 use serde_json::json;
 
 use crate::support::made_up;
@@ -74,6 +74,7 @@ fn healing() -> HealReport {
         max_position_embeddings: 8192,
         experts: false,
         scale_free: true,
+        tied: false,
         plain_mlp: true,
     };
     let curve = (0..120u32).map(|step| LossPoint {
@@ -81,9 +82,10 @@ fn healing() -> HealReport {
         loss: 3.1 + 1.2 * (-f64::from(step) / 25.0).exp() + 0.1 * f64::from(step * 7 % 13) / 13.0,
         learning_rate: 3e-4,
     });
+    let training = TrainingSpec { steps: Some(120), ..TrainingSpec::default() };
     HealReport {
         method: "qlora".into(),
-        settings: HealMethod::Qlora(QloraSpec { steps: Some(120), ..QloraSpec::default() }).settings(
+        settings: HealMethod::Qlora(QloraSpec { training, ..QloraSpec::default() }).settings(
             Preset::Paper,
             &facts,
             6,
@@ -92,6 +94,7 @@ fn healing() -> HealReport {
         tokens: 250_000,
         curve: curve.collect(),
         repaired: Vec::new(),
+        diverged_at: None,
         held_out_before: 4.05,
         held_out_after: 3.21,
         reverted: false,

@@ -93,6 +93,29 @@ impl<'a> Beside<'a> {
         here(&self.healed.streams.get(batch)?)
     }
 
+    /// The same as it is, and the texts it is of.
+    pub fn entering(&self, batch: usize) -> Result<(Tensor, &Pass)> {
+        Ok((self.healed.streams.get(batch)?, &self.healed.passes[batch]))
+    }
+
+    /// Layer `index` of the healed model, as its checkpoint has it.
+    pub fn layer(&self, index: usize) -> Result<Layer> {
+        self.healed.decoder.layer(index)
+    }
+
+    /// Goes through `layer` in the place of the healed model's next one.
+    pub fn through(&mut self, layer: &Layer) -> Result<()> {
+        for batch in 0..self.batches() {
+            self.cx.check()?;
+            let leaving =
+                layer.forward(&self.healed.streams.get(batch)?, &self.healed.passes[batch], None)?;
+            self.healed.streams.set(batch, &leaving)?;
+        }
+        self.healed.decoder.release(self.healed.at);
+        self.healed.at += 1;
+        Ok(())
+    }
+
     /// Has the healed model's stream be another.
     pub fn repair(&mut self, batch: usize, x: &Tensor) -> Result<()> {
         let compute = self.healed.decoder.compute();

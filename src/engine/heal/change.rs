@@ -9,7 +9,7 @@ use crate::checkpoint::{Config, Role};
 use crate::engine::export::safetensors::{Content, Draft, Planned};
 use crate::engine::model::Checkpoint;
 use crate::engine::model::lora::Adapter;
-use crate::engine::model::weight::floats;
+use crate::engine::model::weight::{floats, with};
 use crate::engine::workspace::Workspace;
 use crate::engine::{Cx, Error, Result};
 use crate::job::report::CheckpointRef;
@@ -24,6 +24,8 @@ pub enum Change {
     ScaleFromOne(f64),
     /// The outputs `y` of a linear layer become `y + y D`, for `D [outputs, outputs]`, float32: of its weight or bias.
     Mix(Tensor),
+    /// The weight `[outputs, inputs]` of a linear layer becomes another, float32.
+    Replace(Tensor),
 }
 
 /// By name of the tensor; all others stay as they are.
@@ -93,6 +95,17 @@ impl Change {
                 }
                 finite(values, TOO_LARGE)
             }),
+            Self::Replace(weight) => {
+                // The head is never turned.
+                let turned = turned && tensor.name.starts_with(&source.config().layers_prefix());
+                let weight = if turned { weight.t()?.contiguous()? } else { weight.clone() };
+                let weight = weight.to_device(&Device::Cpu)?;
+                let width = weight.dim(1)?;
+                content.changed(move |first, values| {
+                    with(&weight, |weight| values.copy_from_slice(&weight[first * width..][..values.len()]))?;
+                    finite(values, "lower learning_rate")
+                })
+            }
             Self::Mix(mix) => {
                 let (rows, columns) = match tensor.shape[..] {
                     [outputs] => (1, outputs),

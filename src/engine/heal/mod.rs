@@ -9,24 +9,31 @@ mod change;
 mod least_squares;
 mod peft;
 mod qlora;
+mod reconstruct;
 mod rescale;
 mod resume;
 mod solve;
 mod teacher;
+pub mod trainables;
+mod training;
+mod whole;
 mod windows;
 
 use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 
-pub use qlora::{Trained, train};
+pub use qlora::train;
 pub use teacher::Teacher;
+pub use training::{Course, Trained};
 pub use windows::Windows;
 
-use self::backward::{Adapters, mean_loss};
+use self::backward::mean_loss;
 use self::change::Changes;
+use super::model::lora::Adapter;
 use super::model::{Checkpoint, Decoder};
 use super::workspace::Workspace;
 use super::{Cx, Result};
+use crate::checkpoint::LinearShape;
 use crate::job::heal::HealSettings;
 use crate::job::report::{Block, CheckpointRef, HealReport, LossPoint, Repaired};
 use crate::job::spec::{Corpus, HealMethod, JobSpec};
@@ -88,8 +95,10 @@ pub struct Remedy {
     pub repaired: Vec<Repaired>,
     pub trainable_parameters: u64,
     pub curve: Vec<LossPoint>,
-    /// Those that `changes` merge.
-    adapters: Option<Adapters>,
+    /// The optimizer step at which the loss was no number, if there was one.
+    pub diverged_at: Option<u32>,
+    /// Those that `changes` merge, by layer, where that is all they do.
+    adapters: Vec<(usize, LinearShape, Adapter)>,
 }
 
 impl Remedy {
@@ -102,7 +111,8 @@ impl Remedy {
             repaired: Vec::new(),
             trainable_parameters: 0,
             curve: Vec::new(),
-            adapters: None,
+            diverged_at: None,
+            adapters: Vec::new(),
         }
     }
 }
@@ -179,12 +189,12 @@ fn tried(
     } else {
         let alone = standing.checkpoint == *wound.pruned;
         standing.adapter = match (&settings, &remedy.adapters) {
-            (HealSettings::Qlora(settings), Some(adapters)) if alone => {
+            (HealSettings::Qlora(settings), adapters) if alone => {
                 let part = workspace.part(ADAPTER)?;
                 peft::save(&part, &wound.pruned.path, source.config(), adapters, settings)?;
                 Some(part)
             }
-            (HealSettings::Qlora(_) | HealSettings::Rescale(_) | HealSettings::LeastSquares(_), _) => None,
+            _ => None,
         };
         workspace.publish(&workspace.dir().join(CANDIDATE), HEALED)?;
         standing.checkpoint = CheckpointRef { path: HEALED.to_owned(), ..candidate };
@@ -197,6 +207,7 @@ fn tried(
         tokens: remedy.tokens,
         curve: remedy.curve,
         repaired: remedy.repaired,
+        diverged_at: remedy.diverged_at,
         held_out_before,
         held_out_after,
         reverted,
@@ -210,6 +221,8 @@ pub fn treat(case: &Case, settings: &HealSettings, workspace: &Workspace) -> Res
         HealSettings::Qlora(settings) => qlora::heal(case, settings),
         HealSettings::Rescale(_) => rescale::heal(case),
         HealSettings::LeastSquares(settings) => least_squares::heal(case, settings),
+        HealSettings::Reconstruct(settings) => reconstruct::heal(case, settings),
+        HealSettings::Whole(settings) => whole::heal(case, settings),
     }?;
     let candidate = change::write(case.source, &remedy.changes, CANDIDATE, workspace, case.cx)?;
     Ok((remedy, candidate))

@@ -6,10 +6,10 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde_json::json;
 
-use super::backward::Adapters;
-use crate::checkpoint::Config;
+use crate::checkpoint::{Config, LinearShape};
+use crate::engine::model::lora::Adapter;
 use crate::engine::{Error, Result};
-use crate::job::preset::QloraSettings;
+use crate::job::heal::QloraSettings;
 
 /// Writes `adapter_config.json` and `adapter_model.safetensors` into `dir`, for a model of this `config`.
 /// `base` is the checkpoint the adapter belongs to, as its users will find it.
@@ -17,16 +17,16 @@ pub fn save(
     dir: &Path,
     base: &str,
     config: &Config,
-    adapters: &Adapters,
+    adapters: &[(usize, LinearShape, Adapter)],
     settings: &QloraSettings,
 ) -> Result<()> {
     let names = config.family.names;
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut targets: BTreeSet<&str> = BTreeSet::new();
-    for (layer, linear, adapter) in adapters.trained() {
+    for (layer, linear, adapter) in adapters {
         let name = format!("base_model.model.{}{}{layer}.{}", names.base, names.layers, linear.name);
-        tensors.insert(format!("{name}.lora_A.weight"), adapter.a);
-        tensors.insert(format!("{name}.lora_B.weight"), adapter.b);
+        tensors.insert(format!("{name}.lora_A.weight"), adapter.a.clone());
+        tensors.insert(format!("{name}.lora_B.weight"), adapter.b.clone());
         targets.insert(target(config, linear.name));
     }
     let file = dir.join("adapter_model.safetensors");

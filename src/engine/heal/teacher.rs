@@ -5,23 +5,36 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use super::backward::next_tokens;
+use super::Case;
+use super::backward::{Seam, next_tokens};
 use crate::engine::Result;
 use crate::engine::model::kernel::rows::{SoftTarget, likeliest};
 use crate::engine::model::{Batch, Checkpoint, Compute, Decoder};
-use crate::job::heal::DistillSpec;
+use crate::job::report::Block;
+use crate::job::training::DistillSpec;
 
-/// Predicts each window once: the likeliest tokens at every place go to a file that is gone with the run. A window is
-/// predicted by itself, so a run that was killed and predicts it again comes to the same.
+/// Predicts each window once: the likeliest tokens at every place, and the streams behind the cuts where they are
+/// taught, go to a file that is gone with the run. A window is predicted by itself, so a run that was killed and
+/// predicts it again comes to the same.
 pub struct Teacher {
     base: Decoder,
     spec: DistillSpec,
+    cuts: Vec<Cut>,
     file: File,
     /// By window: where its predictions begin in the file.
     places: HashMap<usize, u64>,
     end: u64,
+}
+
+/// A cut whose stream is taught.
+struct Cut {
+    /// The layer that the stream enters: of the base, and of the pruned model.
+    base: usize,
+    pruned: usize,
+    /// How many times smaller the stream of the pruned model is there, by what healing did before.
+    size: f64,
 }
 
 /// A token and its share in the file.
@@ -33,26 +46,35 @@ impl Teacher {
         Ok(Self {
             base: Decoder::open(base, compute)?,
             spec: DistillSpec { top_k, ..spec.clone() },
+            cuts: Vec::new(),
             file: compute.memory.spill_file()?,
             places: HashMap::new(),
             end: 0,
         })
     }
 
+    /// The teacher of a case, who knows where it was cut.
+    pub fn of(case: &Case, spec: &DistillSpec) -> Result<Self> {
+        let mut teacher = Self::open(case.wound.base, spec, case.cx.compute)?;
+        if spec.seam > 0.0 {
+            let cuts = case.cuts().into_iter().zip(case.sizes);
+            let cut = |((block, pruned), size): ((Block, usize), &f64)| Cut {
+                base: block.layers().end as usize,
+                pruned,
+                size: *size,
+            };
+            teacher.cuts = cuts.map(cut).collect();
+        }
+        Ok(teacher)
+    }
+
     /// What should be predicted for every token of window `number` but the first: by `weight` what the base predicts,
     /// for the rest the token itself.
     pub fn targets(&mut self, number: usize, window: &[u32]) -> Result<Vec<SoftTarget>> {
         let top_k = self.spec.top_k as usize;
-        let mut bytes = vec![0; window.len().saturating_sub(1) * top_k * PAIR_BYTES];
-        match self.places.get(&number) {
-            Some(place) => self.file.read_exact_at(&mut bytes, *place)?,
-            None => {
-                self.predict(window, &mut bytes)?;
-                self.file.write_all_at(&bytes, self.end)?;
-                self.places.insert(number, self.end);
-                self.end += bytes.len() as u64;
-            }
-        }
+        let mut bytes = vec![0; self.pairs_bytes(window)];
+        let place = self.place(number, window)?;
+        self.file.read_exact_at(&mut bytes, place)?;
         let weight = self.spec.weight as f32;
         let pair = |pair: &[u8]| {
             let (token, share) = pair.split_at(PAIR_BYTES / 2);
@@ -67,9 +89,57 @@ impl Teacher {
         Ok(targets)
     }
 
-    /// Writes the likeliest tokens at each place with their probabilities among themselves.
-    fn predict(&self, window: &[u32], out: &mut [u8]) -> Result<()> {
-        let x: Tensor = self.base.forward(&Batch::of(&[window]))?;
+    /// What the stream should be behind the cuts that are taught, for every token of window `number`.
+    pub fn seams(&mut self, number: usize, window: &[u32]) -> Result<Vec<Seam>> {
+        let mut place = self.place(number, window)? + self.pairs_bytes(window) as u64;
+        let (width, compute) = (self.base.config().hidden_size, self.base.compute());
+        let mut bytes = vec![0; window.len() * width * size_of::<f32>()];
+        let mut out = Vec::new();
+        for cut in &self.cuts {
+            self.file.read_exact_at(&mut bytes, place)?;
+            place += bytes.len() as u64;
+            let values: Vec<f32> =
+                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let wanted = Tensor::from_vec(values, (window.len(), width), &compute.device)?;
+            out.push(Seam { layer: cut.pruned, wanted: (wanted / cut.size)?, weight: self.spec.seam });
+        }
+        Ok(out)
+    }
+
+    /// Bytes of the predictions of a window; those of its streams follow.
+    fn pairs_bytes(&self, window: &[u32]) -> usize {
+        window.len().saturating_sub(1) * self.spec.top_k as usize * PAIR_BYTES
+    }
+
+    /// Where a window begins in the file, which it is written to when it is asked for first.
+    fn place(&mut self, number: usize, window: &[u32]) -> Result<u64> {
+        if let Some(place) = self.places.get(&number) {
+            return Ok(*place);
+        }
+        let bytes = self.predict(window)?;
+        self.file.write_all_at(&bytes, self.end)?;
+        let place = self.end;
+        self.places.insert(number, place);
+        self.end += bytes.len() as u64;
+        Ok(place)
+    }
+
+    /// The likeliest tokens at each place with their probabilities among themselves, then the streams.
+    fn predict(&self, window: &[u32]) -> Result<Vec<u8>> {
+        let batch = Batch::of(&[window]);
+        let layer_count = self.base.config().layer_count;
+        let mut streams = vec![Vec::new(); self.cuts.len()];
+        let x = self.base.layers(
+            self.base.embed(&batch)?,
+            &self.base.pass(&batch),
+            0..layer_count,
+            |at, x| {
+                for (_, stream) in self.cuts.iter().zip(&mut streams).filter(|(cut, _)| cut.base == at) {
+                    *stream = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                }
+                Ok(())
+            },
+        )?;
         let top_k = self.spec.top_k as usize;
         let shares = |_: usize, predicted: &[f32]| {
             let likeliest = likeliest(predicted, top_k);
@@ -78,10 +148,9 @@ impl Teacher {
             likeliest.into_iter().map(share).collect::<SoftTarget>()
         };
         let all = self.base.each_prediction(&x.narrow(0, 0, window.len() - 1)?, shares)?;
-        for ((token, share), out) in all.into_iter().flatten().zip(out.chunks_mut(PAIR_BYTES)) {
-            out[..4].copy_from_slice(&token.to_le_bytes());
-            out[4..].copy_from_slice(&share.to_le_bytes());
-        }
-        Ok(())
+        let pairs =
+            all.into_iter().flatten().flat_map(|(token, share)| [token.to_le_bytes(), share.to_le_bytes()]);
+        let values = streams.into_iter().flatten().map(f32::to_le_bytes);
+        Ok(pairs.chain(values).flatten().collect())
     }
 }

@@ -3,22 +3,21 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor, Var};
-use rayon::prelude::*;
+use candle_core::Tensor;
 
 use super::batch::{Batch, InCommon, batches, beginning, nothing};
 use super::cache::KvCache;
 use super::checkpoint::Checkpoint;
+pub use super::head::HeadLoss;
+
+use super::Compute;
+use super::head::Head;
 use super::kernel::attention::Sequence;
-use super::kernel::left::Left;
 use super::kernel::map::Map;
-use super::kernel::matrix::Side;
-use super::kernel::product::product;
-use super::kernel::rows::{self, Likelihood, Odds, SoftTarget};
-use super::layer::{Layer, Norm, Pass};
+use super::kernel::rows::{Likelihood, Odds, SoftTarget};
+use super::layer::{Layer, Pass};
 use super::streams::Streams;
-use super::weight::{Frozen, Weight, floats, with};
-use super::{Compute, ops};
+use super::weight::Weight;
 use crate::checkpoint::Config;
 use crate::engine::{Error, Result};
 use crate::job::spec::BaseBits;
@@ -32,11 +31,7 @@ pub struct Decoder {
     embedding: Weight,
     /// Learned positions, `[max_position_embeddings, h]`.
     positions: Option<Tensor>,
-    final_norm: Norm,
-    /// `[vocab, h]`; the embedding when tied.
-    head: Weight,
-    /// `[vocab]`.
-    head_bias: Option<Tensor>,
+    head: Head,
     layers: Vec<Stored>,
     /// The mapped weights do not stay in memory: what was used is let go of.
     streamed: bool,
@@ -52,14 +47,9 @@ enum Stored {
     OnDisk,
 }
 
-/// Rows of logits at a time: `rows × vocab` floats are the largest table of a step.
-const HEAD_ROWS: usize = 256;
 /// Rows that go through a layer at once.
 const MOST_ROWS: usize = 1024;
 const LEAST_ROWS: usize = 64;
-/// Rows whose likelihoods are found at once, and logits of each that are held: two megabytes a core.
-const LIKELIHOOD_ROWS: usize = 512;
-const VOCABULARY_BLOCK: usize = 2048;
 
 /// Tokens sent through a checkpoint that was just written.
 const PROOF_TOKENS: usize = 8;
@@ -139,18 +129,11 @@ impl Decoder {
         }
         let read = |name: String| checkpoint.tensor(&name, compute.dtype, &compute.device);
         let embedding = Weight::load_vocabulary(checkpoint, &config.embedding(), compute)?;
-        let head = if config.tied {
-            embedding.clone()
-        } else {
-            Weight::load_vocabulary(checkpoint, &format!("{}.weight", names.head), compute)?
-        };
-        let head_bias = config.family.head_bias.then(|| read(format!("{}.bias", names.head)));
+        let head = Head::load(checkpoint, &embedding, compute)?;
         Ok(Self {
             embedding,
             positions: names.positions.map(|name| read(config.tensor(name))).transpose()?,
             head,
-            head_bias: head_bias.transpose()?,
-            final_norm: Norm::load(checkpoint, &format!("{}{}", config.base, names.final_norm), compute)?,
             layers: (0..config.layer_count).map(&mut store).collect::<Result<_>>()?,
             streamed: checkpoint.size_bytes() > compute.memory.share(1, 2) as u64,
             checkpoint: checkpoint.clone(),
@@ -365,115 +348,6 @@ impl Decoder {
         Ok(x)
     }
 
-    /// Final norm and head: streams `[n, h]` to logits `[n, vocab]`, float32.
-    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let logits = self.head_logits(&self.final_norm.forward(x)?)?;
-        self.release_vocabulary();
-        Ok(logits)
-    }
-
-    /// What `of(row, logarithms of the probabilities of all tokens)` makes of each row of `x [n, h]`.
-    pub fn each_prediction<T: Send>(
-        &self,
-        x: &Tensor,
-        of: impl Fn(usize, &[f32]) -> T + Sync,
-    ) -> Result<Vec<T>> {
-        let (n, _) = x.dims2()?;
-        let mut out = Vec::with_capacity(n);
-        for first in (0..n).step_by(HEAD_ROWS) {
-            let logits = self.logits(&x.narrow(0, first, HEAD_ROWS.min(n - first))?)?;
-            let vocab = logits.dim(1)?;
-            let mut rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-            let each = rows.par_chunks_mut(vocab).enumerate().map(|(row, predicted)| {
-                rows::log_softmax(predicted);
-                of(first + row, predicted)
-            });
-            out.par_extend(each);
-        }
-        Ok(out)
-    }
-
-    /// The head alone, for normed streams `[n, h]`.
-    fn head_logits(&self, normed: &Tensor) -> Result<Tensor> {
-        let mut logits = self.head.product(normed)?;
-        if let Some(bias) = &self.head_bias {
-            logits = logits.broadcast_add(bias)?;
-        }
-        let mut logits = logits.to_dtype(DType::F32)?;
-        if self.config().logit_scale != 1.0 {
-            logits = (logits * self.config().logit_scale)?;
-        }
-        Ok(match self.config().final_cap {
-            Some(cap) => ops::soft_cap(&logits, cap)?,
-            None => logits,
-        })
-    }
-
-    /// How likely `targets[i]` is after the stream `x[i]`, for `x [n, h]` as [`Self::forward`] gives it.
-    pub fn likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
-        Ok(self.odds(x, targets)?.iter().map(Odds::likelihood).collect())
-    }
-
-    /// The same, and which token is the likeliest.
-    pub fn odds(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
-        match self.native_head()? {
-            Some(head) => self.odds_native(&head, x, targets),
-            None => self.odds_candle(x, targets),
-        }
-    }
-
-    fn odds_candle(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
-        let mut out = Vec::with_capacity(targets.len());
-        for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
-            let logits = self.logits(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
-            let vocab = logits.dim(1)?;
-            let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-            let rows = logits.par_chunks(vocab).zip(targets);
-            out.par_extend(rows.map(|(row, id)| {
-                let mut odds = Odds::of(*id as usize);
-                odds.add(row, 0);
-                odds
-            }));
-        }
-        Ok(out)
-    }
-
-    /// A block of the vocabulary at a time, so that logits never leave the cache.
-    fn odds_native(&self, head: &NativeHead, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
-        let h = x.dim(1)?;
-        let matrix = &head.weight.matrix;
-        let mut all: Vec<Odds> = targets.iter().map(|id| Odds::of(*id as usize)).collect();
-        with(x, |x| {
-            for (x, odds) in x.chunks(LIKELIHOOD_ROWS * h).zip(all.chunks_mut(LIKELIHOOD_ROWS)) {
-                let normed = head.normed(x, h);
-                for first in (0..matrix.rows).step_by(VOCABULARY_BLOCK) {
-                    let block = first..(first + VOCABULARY_BLOCK).min(matrix.rows);
-                    let width = block.len();
-                    let mut logits = product(&normed, &matrix.part(block), Side::Rows);
-                    logits.par_chunks_mut(width).zip(&mut *odds).for_each(|(logits, odds)| {
-                        head.finish(logits, first);
-                        odds.add(logits, first);
-                    });
-                }
-            }
-        })?;
-        self.release_vocabulary();
-        Ok(all)
-    }
-
-    /// The head on our own kernels, where they can take it.
-    fn native_head(&self) -> Result<Option<NativeHead<'_>>> {
-        let Some(weight) = self.head.frozen() else { return Ok(None) };
-        let config = self.config();
-        Ok(Some(NativeHead {
-            weight,
-            norm: self.final_norm.native()?,
-            bias: self.head_bias.as_ref().map(floats).transpose()?,
-            scale: config.logit_scale as f32,
-            cap: config.final_cap.map(|cap| cap as f32),
-        }))
-    }
-
     /// What [`Batch::sharing`] may take as common to neighbours of `texts`: what they begin with, unless the model
     /// turns long texts otherwise than short ones.
     pub fn in_common(&self, texts: &[&[u32]]) -> InCommon {
@@ -483,92 +357,47 @@ impl Decoder {
         if turns { nothing } else { beginning }
     }
 
-    /// Cross-entropy of `targets[i]` and what is predicted after the stream `x[i]`, in nats, for `x [n, h]` as
-    /// [`Self::forward`] gives it, and the gradient of `scale` times their sum for `x`. Works
-    /// through the vocabulary a few rows at a time.
+    /// Final norm and head: streams `[n, h]` to logits `[n, vocab]`, float32.
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        self.at_head(|head| head.logits(x))
+    }
+
+    /// What `of(row, logarithms of the probabilities of all tokens)` makes of each row of `x [n, h]`.
+    pub fn each_prediction<T: Send>(
+        &self,
+        x: &Tensor,
+        of: impl Fn(usize, &[f32]) -> T + Sync,
+    ) -> Result<Vec<T>> {
+        self.at_head(|head| head.each_prediction(x, of))
+    }
+
+    /// How likely `targets[i]` is after the stream `x[i]`, for `x [n, h]` as [`Self::forward`] gives it.
+    pub fn likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Likelihood>> {
+        Ok(self.odds(x, targets)?.iter().map(Odds::likelihood).collect())
+    }
+
+    /// The same, and which token is the likeliest.
+    pub fn odds(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<Odds>> {
+        self.at_head(|head| head.odds(x, targets))
+    }
+
+    /// Cross-entropy of `targets[i]` and what is predicted after the stream `x[i]`, for `x [n, h]` as
+    /// [`Self::forward`] gives it, and the gradients of `scale` times their sum; with a `trained` weight
+    /// `[vocab, h]` in the place of the head's.
     pub fn token_nll_backward(
         &self,
         x: &Tensor,
         targets: &[SoftTarget],
         scale: f64,
-    ) -> Result<(Vec<f32>, Tensor)> {
-        if let Some(head) = self.native_head()? {
-            return self.token_nll_native(&head, x, targets, scale as f32);
-        }
-        let scale = scale * self.config().logit_scale;
-        let (mut nll, mut gradients) = (Vec::with_capacity(targets.len()), Vec::new());
-        for (i, targets) in targets.chunks(HEAD_ROWS).enumerate() {
-            let x = Var::from_tensor(&x.narrow(0, i * HEAD_ROWS, targets.len())?)?;
-            let normed = self.final_norm.forward(&x)?;
-            let logits = self.head_logits(&normed.detach())?;
-            let (chunk, mut gap) = ops::cross_entropy(&logits, targets)?;
-            if let Some(cap) = self.config().final_cap {
-                // d/dx cap·tanh(x/cap) = 1 - tanh², and the capped logit is cap·tanh.
-                gap = (gap * (1.0 - (logits / cap)?.sqr()?)?)?;
-            }
-            let upstream = (self.head.back(&gap.to_dtype(normed.dtype())?)? * scale)?;
-            let mut store = ops::backward_from(&normed, &upstream)?;
-            nll.extend(chunk);
-            gradients.push(store.remove(&x).ok_or_else(|| Error::bug("the final norm gave no gradient"))?);
-        }
-        Ok((nll, Tensor::cat(&gradients, 0)?))
+        trained: Option<&Tensor>,
+    ) -> Result<HeadLoss> {
+        let of_trained = trained.map(|weight| self.head.trained(weight, &self.compute)).transpose()?;
+        self.at_head(|head| of_trained.as_ref().unwrap_or(head).backward(x, targets, scale))
     }
 
-    fn token_nll_native(
-        &self,
-        head: &NativeHead,
-        x: &Tensor,
-        targets: &[SoftTarget],
-        scale: f32,
-    ) -> Result<(Vec<f32>, Tensor)> {
-        let (n, h) = x.dims2()?;
-        let matrix = &head.weight.matrix;
-        let mut dx = vec![0f32; n * h];
-        let mut nll = vec![0f32; n];
-        with(x, |x| {
-            let chunks = x.chunks(HEAD_ROWS * h).zip(dx.chunks_mut(HEAD_ROWS * h));
-            for ((x, dx), (nll, targets)) in
-                chunks.zip(nll.chunks_mut(HEAD_ROWS).zip(targets.chunks(HEAD_ROWS)))
-            {
-                let mut logits = product(&head.normed(x, h), matrix, head.weight.side(false));
-                let vocab = logits.len() / targets.len();
-                logits.par_chunks_mut(vocab).zip(nll).zip(targets).for_each(|((logits, nll), target)| {
-                    head.finish(logits, 0);
-                    *nll = rows::cross_entropy(logits, target, head.cap, scale * head.scale);
-                });
-                let gradient = Left::new(&logits, vocab, head.weight.rounding);
-                let d_normed = product(&gradient, matrix, head.weight.side(true));
-                let rows = dx.par_chunks_mut(h).zip(x.par_chunks(h)).zip(d_normed.par_chunks(h));
-                rows.for_each(|((dx, x), dy)| head.norm.back(x, dy, dx));
-            }
-        })?;
+    fn at_head<T>(&self, work: impl FnOnce(&Head) -> Result<T>) -> Result<T> {
+        let out = work(&self.head);
         self.release_vocabulary();
-        Ok((nll, Tensor::from_vec(dx, (n, h), &self.compute.device)?))
-    }
-}
-
-/// Final norm and head, for our own kernels.
-struct NativeHead<'a> {
-    weight: &'a Frozen,
-    norm: rows::Norm,
-    bias: Option<Vec<f32>>,
-    scale: f32,
-    cap: Option<f32>,
-}
-
-impl NativeHead<'_> {
-    /// The rows of a stream `[n, h]`, normed.
-    fn normed(&self, x: &[f32], h: usize) -> Left {
-        Left::from_rows(x.len() / h, h, self.weight.rounding, |i, out| {
-            self.norm.row(&x[i * h..(i + 1) * h], out);
-        })
-    }
-
-    /// Products with the head's rows `first..` become logits.
-    fn finish(&self, products: &mut [f32], first: usize) {
-        if let Some(bias) = &self.bias {
-            rows::add_scaled(products, 1.0, &bias[first..first + products.len()]);
-        }
-        rows::finish_logits(products, self.scale, self.cap);
+        out
     }
 }

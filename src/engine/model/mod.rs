@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod cuts;
 pub mod decoder;
 pub mod generate;
+pub mod head;
 pub mod kernel;
 pub mod layer;
 pub mod lora;

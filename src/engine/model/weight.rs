@@ -49,6 +49,17 @@ impl Weight {
         Self::read(checkpoint, name, (config.vocab_size, config.hidden_size), false, compute)
     }
 
+    /// Of `[outputs, inputs]` values in float32, which are copied for our own kernels.
+    pub fn of(values: &Tensor, compute: &Compute) -> candle_core::Result<Self> {
+        if !compute.native() {
+            return Ok(Self::Dense(values.detach().to_dtype(compute.dtype)?));
+        }
+        let (rows, columns) = values.dims2()?;
+        let matrix = with(values, |values| Matrix::floats(values, rows, columns))?;
+        let rounding = compute.rounding.filter(|r| *r == Rounding::Once);
+        Ok(Self::Frozen(Arc::new(Frozen { matrix, turned: false, rounding })))
+    }
+
     fn read(
         checkpoint: &Checkpoint,
         name: &str,

@@ -9,6 +9,7 @@ use crate::job::report::{
     Ablation, Compared, Considered, HealReport, LensReading, Repaired, Report, StageSummary,
 };
 use crate::job::spec::DamageMeasure;
+use crate::job::training::Training;
 
 /// The whole page.
 pub fn page(report: &Report, stages: &[StageSummary]) -> String {
@@ -277,29 +278,7 @@ fn heal_figure(out: &mut String, heal: &HealReport) {
     } else {
         "It was kept."
     };
-    let how = match &heal.settings {
-        HealSettings::Qlora(s) => format!(
-            "{} trained parameters, {} tokens, {} steps of {} windows; rank {}, alpha {}, {} bits, learning rate {}.",
-            amount(heal.trainable_parameters as f64),
-            heal.tokens,
-            s.steps,
-            s.batch_size,
-            s.rank,
-            s.alpha,
-            u8::from(s.bits),
-            s.learning_rate,
-        ),
-        HealSettings::Rescale(_) => format!(
-            "Nothing trained: what the layers behind each cut add to the stream was divided by the factor it had \
-             become too small by, measured on {} tokens.",
-            heal.tokens
-        ),
-        HealSettings::LeastSquares(s) => format!(
-            "Nothing trained: a linear map in place of the layers that went was fitted on {} tokens (ridge {}) and \
-             put into the MLP below each cut.",
-            heal.tokens, s.ridge
-        ),
-    };
+    let how = how(heal);
     put(
         out,
         &format!(
@@ -336,6 +315,57 @@ fn heal_figure(out: &mut String, heal: &HealReport) {
         .collect();
     details(out, "The loss as a table", &["step", "loss", "learning rate"], &rows);
     put(out, "</section>");
+}
+
+/// What a method did, in a sentence.
+fn how(heal: &HealReport) -> String {
+    let trained = |t: &Training| {
+        format!(
+            "{} trained parameters, {} tokens, {} steps of {} windows; learning rate {}",
+            amount(heal.trainable_parameters as f64),
+            heal.tokens,
+            t.steps,
+            t.batch_size,
+            t.learning_rate,
+        )
+    };
+    let how = match &heal.settings {
+        HealSettings::Qlora(s) => {
+            format!(
+                "{}, rank {}, alpha {}, {} bits.",
+                trained(&s.training),
+                s.rank,
+                s.alpha,
+                u8::from(s.bits)
+            )
+        }
+        HealSettings::Whole(s) => {
+            let head = if s.head { " and the head" } else { "" };
+            format!("{}, the last {} layers{head}.", trained(&s.training), s.last_layers)
+        }
+        HealSettings::Reconstruct(s) => format!(
+            "The layer below each cut was trained to give the stream behind it: {} trained parameters, {} tokens in \
+             {} epochs; learning rate {}.",
+            amount(heal.trainable_parameters as f64),
+            heal.tokens,
+            s.epochs,
+            s.learning_rate
+        ),
+        HealSettings::Rescale(_) => format!(
+            "Nothing trained: what the layers behind each cut add to the stream was divided by the factor it had \
+             become too small by, measured on {} tokens.",
+            heal.tokens
+        ),
+        HealSettings::LeastSquares(s) => format!(
+            "Nothing trained: a linear map in place of the layers that went was fitted on {} tokens (ridge {}) and \
+             put into the MLP below each cut.",
+            heal.tokens, s.ridge
+        ),
+    };
+    match heal.diverged_at {
+        None => how,
+        Some(step) => format!("{how} It diverged at step {step}; what is judged is from before."),
+    }
 }
 
 fn stage_table(out: &mut String, stages: &[StageSummary]) {

@@ -15,18 +15,16 @@ use crate::engine::model::kernel::rows;
 use crate::engine::model::lora::Adapter;
 use crate::engine::model::weight::with;
 
-/// The gradient of one adapter.
-pub struct AdapterGradient {
+/// The gradients of what is trained of one linear layer.
+pub struct Gradients {
     /// Among the layer's linear layers.
     pub linear: usize,
-    /// `[rank, inputs]`.
-    pub a: Tensor,
-    /// `[outputs, rank]`.
-    pub b: Tensor,
+    /// Of an adapter: `A [rank, inputs]` and `B [outputs, rank]`; of a weight: itself, `[outputs, inputs]`.
+    pub tensors: Vec<Tensor>,
 }
 
 impl Layer {
-    /// The gradients of all adapters, and that of `x`, if it is wanted, for the gradient `upstream` of what
+    /// The gradients of all that is trained, and that of `x`, if it is wanted, for the gradient `upstream` of what
     /// the layer gives for `x`. Without a trace of that pass it is run again.
     pub fn backward(
         &self,
@@ -35,7 +33,7 @@ impl Layer {
         trace: Option<Trace>,
         upstream: &Tensor,
         wanted: bool,
-    ) -> Result<(Option<Tensor>, Vec<AdapterGradient>)> {
+    ) -> Result<(Option<Tensor>, Vec<Gradients>)> {
         let (rows, h) = x.dims2()?;
         let (dx, gradients) = with(x, |x| {
             with(upstream, |upstream| {
@@ -56,7 +54,7 @@ struct Back<'a> {
     layer: &'a Layer,
     pass: &'a Pass,
     h: usize,
-    gradients: Vec<AdapterGradient>,
+    gradients: Vec<Gradients>,
 }
 
 /// Rows of gradients: `width` values each, of which those from `first` on are meant.
@@ -86,7 +84,7 @@ impl Back<'_> {
         trace: Trace,
         upstream: &[f32],
         wanted: bool,
-    ) -> Result<(Option<Buffer>, Vec<AdapterGradient>)> {
+    ) -> Result<(Option<Buffer>, Vec<Gradients>)> {
         let h = self.h;
         let layer = self.layer;
         let parallel = layer.shape.parallel;
@@ -174,7 +172,7 @@ impl Back<'_> {
         for (role, dy) in parts {
             let (index, linear) = layer.indexed(role).ok_or_else(|| missing(role))?;
             let left = dy.packed(trace.read.rows, linear.outputs()?, linear.frozen()?.rounding);
-            self.of_adapter(index, linear, (dy, &left), &trace.read, inside)?;
+            self.note(index, linear, (dy, &left), &trace.read, inside)?;
         }
         Ok(None)
     }
@@ -218,7 +216,7 @@ impl Back<'_> {
         for (role, dy) in parts {
             let (index, linear) = self.layer.indexed(*role).ok_or_else(|| missing(*role))?;
             let left = dy.packed(rows, linear.outputs()?, linear.frozen()?.rounding);
-            let of_adapter = self.of_adapter(index, linear, (*dy, &left), input, inside)?;
+            let of_adapter = self.note(index, linear, (*dy, &left), input, inside)?;
             lefts.push((linear.frozen()?, left, of_adapter));
         }
         let mut terms = Vec::new();
@@ -247,8 +245,9 @@ impl Back<'_> {
         Ok(dx)
     }
 
-    /// Notes the gradient of one adapter; gives the one inside it, and the matrix that brings it to the input.
-    fn of_adapter<'b>(
+    /// Notes the gradient of what is trained of one linear layer; of an adapter it gives the one inside it, and the
+    /// matrix that brings it to the input.
+    fn note<'b>(
         &mut self,
         index: usize,
         linear: &'b Linear,
@@ -256,6 +255,14 @@ impl Back<'_> {
         input: &Left,
         inside: &[Option<Buffer>],
     ) -> Result<Option<(Left, Matrix, &'b Adapter)>> {
+        if linear.trained.is_some() {
+            let outputs = linear.outputs()?;
+            let mut of_output = Buffer::new(input.rows * outputs);
+            of_output.par_chunks_mut(outputs).enumerate().for_each(|(i, row)| dy.read(i, 0, row));
+            let d_w = outer(&of_output, outputs, input.depth, |i, first, out| input.read(i, first, out));
+            let d_w = Tensor::from_slice(&d_w, (outputs, input.depth), &Device::Cpu)?;
+            self.gradients.push(Gradients { linear: index, tensors: vec![d_w] });
+        }
         let (Some(adapter), Some(inside)) = (&linear.adapter, &inside[index]) else { return Ok(None) };
         let (a, b, rank) = adapter.matrices()?;
         let outputs = linear.outputs()?;
@@ -272,11 +279,11 @@ impl Back<'_> {
             adapter.drop_out(i * input.depth + first, out);
         });
         let d_b = outer(inside, rank, outputs, |i, first, out| dy.read(i, first, out));
-        self.gradients.push(AdapterGradient {
-            linear: index,
-            a: Tensor::from_slice(&d_a, (rank, input.depth), &Device::Cpu)?,
-            b: Tensor::from_slice(&d_b, (rank, outputs), &Device::Cpu)?.t()?.contiguous()?,
-        });
+        let tensors = vec![
+            Tensor::from_slice(&d_a, (rank, input.depth), &Device::Cpu)?,
+            Tensor::from_slice(&d_b, (rank, outputs), &Device::Cpu)?.t()?.contiguous()?,
+        ];
+        self.gradients.push(Gradients { linear: index, tensors });
         Ok(Some((Left::new(&within, rank, rounding), a, adapter)))
     }
 }

@@ -198,7 +198,11 @@ impl Pass {
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let mut y = self.weight.product(x)?;
+        let mut y = match &self.trained {
+            None => self.weight.product(x)?,
+            // candle's own product, whose backward gives the gradient of the weight as well.
+            Some(weight) => x.matmul(&weight.to_dtype(x.dtype())?.t()?)?,
+        };
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }

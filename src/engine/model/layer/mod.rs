@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use candle_core::{DType, Tensor};
 
-pub use back::AdapterGradient;
+pub use back::Gradients;
 pub use native::Trace;
 pub use pass::Pass;
 
@@ -52,6 +52,8 @@ pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
     adapter: Option<Adapter>,
+    /// The weight itself is trained: `[outputs, inputs]`, its gradient is wanted.
+    trained: Option<Tensor>,
 }
 
 /// A norm over the last dimension.
@@ -104,6 +106,7 @@ impl Layer {
                 weight: Weight::load(checkpoint, &weight, (linear.outputs, linear.inputs), compute)?,
                 bias: bias.transpose()?,
                 adapter: None,
+                trained: None,
             });
         }
         let [attention_in, attention_out, mlp_in, mlp_out] = config.norms().map(|name| {
@@ -158,6 +161,20 @@ impl Layer {
             self.linears[linear].adapter = Some(adapter);
         }
         self
+    }
+
+    /// The same layer with these weights, `[outputs, inputs]`, float32, on linear layers, of which the gradient is
+    /// wanted.
+    pub fn with_weights(
+        mut self,
+        weights: impl IntoIterator<Item = (usize, Tensor)>,
+        compute: &Compute,
+    ) -> candle_core::Result<Self> {
+        for (linear, weight) in weights {
+            self.linears[linear].weight = Weight::of(&weight, compute)?;
+            self.linears[linear].trained = Some(weight);
+        }
+        Ok(self)
     }
 
     /// The stream `[rows, h]` leaving the layer, for the stream entering it: on our own kernels where they
