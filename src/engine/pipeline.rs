@@ -18,7 +18,7 @@ use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
     Ablation, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, StageSummary, Zone,
 };
-use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec};
+use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec, Share};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
@@ -115,8 +115,12 @@ impl Run<'_> {
         let damage = measured.then(|| (self.damage_corpus(), self.damage_wanted()));
         let calibration = (&spec.calibration.corpus, self.calibration_wanted());
         for (corpus, wanted) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
-            if !matches!(corpus, Corpus::Model { .. }) {
-                data::windows(corpus, &wanted.to_check(), self.base, self.cx(Stage::Profile))?;
+            let mixed = matches!(corpus, Corpus::Mix { .. });
+            let wanted = if mixed { Wanted { insisted_by: None, ..wanted } } else { wanted };
+            for text in corpus.texts() {
+                if !matches!(text, Corpus::Model { .. }) {
+                    data::windows(text, &wanted.to_check(), self.base, self.cx(Stage::Profile))?;
+                }
             }
         }
         for task in spec.eval.tasks.iter().chain(&spec.prune.damage.tasks) {
@@ -204,6 +208,13 @@ impl Run<'_> {
         wanted: &Wanted,
         cx: Cx,
     ) -> Result<Windows> {
+        if let Corpus::Mix { of } = corpus {
+            let of_text = |text: &Corpus, count: usize| {
+                let wanted = Wanted { at_most: Some(count), insisted_by: None, ..*wanted };
+                self.windows(workspace, model_digest, text, &wanted, cx)
+            };
+            return data::mixed(of, wanted.at_most.unwrap_or(1), of_text, cx);
+        }
         let find = || data::windows(corpus, wanted, self.base, cx);
         let Corpus::Model { tokens } = corpus else { return find() };
         let inputs = json!({
@@ -302,6 +313,7 @@ impl Run<'_> {
             "seed": self.local.seed,
             "preset": self.local.preset,
             "methods": methods,
+            "compare": self.local.compare_heals,
         });
         let recorded = workspace.once(cx, &inputs, |scratch| {
             let mut windows = |corpus: &Corpus, seq_len: usize, count: usize| {
@@ -441,6 +453,11 @@ impl Run<'_> {
 fn by_content(corpus: &Corpus) -> Result<Corpus> {
     Ok(match corpus {
         Corpus::Model { tokens } => Corpus::Model { tokens: *tokens },
+        Corpus::Mix { of } => {
+            let share =
+                |share: &Share| Ok(Share { corpus: by_content(&share.corpus)?, weight: share.weight });
+            Corpus::Mix { of: of.iter().map(share).collect::<Result<_>>()? }
+        }
         Corpus::Path { .. } | Corpus::Hub { .. } | Corpus::Upload { .. } | Corpus::Text { .. } => {
             Corpus::Text { text: data::digest(corpus)? }
         }

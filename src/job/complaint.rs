@@ -114,8 +114,17 @@ mod tests {
             "heal": [{
                 "method": "qlora", "corpus": {"from": "model", "tokens": 5}, "rank": 8, "alpha": 8.5, "dropout": 0.1,
                 "targets": ["up_proj"], "bits": 8, "learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 1,
-                "steps": 10, "batch_size": 2, "seq_len": 16, "weight_decay": 0.1, "checkpoint_every": 5
-            }, {"method": "qlora"}],
+                "steps": 10, "batch_size": 2, "seq_len": 16, "weight_decay": 0.1, "checkpoint_every": 5,
+                "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "moment_bits": 8, "max_gradient_norm": 2.0,
+                "distill": {"weight": 0.3, "top_k": 5, "seam": 0.1}
+            }, {"method": "qlora"}, {
+                "method": "partial", "layers": 2, "head": false, "steps": 3,
+                "corpus": {"from": "mix", "of": [
+                    {"corpus": {"from": "hub", "repo": "a/b", "file": "c.txt"}, "weight": 2.0}, {"corpus": {"from": "model"}}
+                ]}
+            }, {"method": "full", "learning_rate": 1e-5}, {"method": "reconstruct", "samples": 5, "seq_len": 9,
+                "epochs": 2, "learning_rate": 1e-3}],
+            "compare_heals": true,
             "eval": {
                 "perplexity": [{"from": "text", "text": "words"}, {"from": "path", "path": "x.txt"}],
                 "tasks": [{"task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3}],
@@ -165,6 +174,7 @@ mod tests {
                 | "/eval/tasks"
                 | "/heal"
                 | "/heal/0/targets"
+                | "/heal/2/corpus/of"
                 | "/prune/compare"
                 | "/prune/damage/tasks" => format!("{at}/0"),
                 _ => at,
@@ -232,6 +242,13 @@ mod tests {
             "/heal/0",
             "/heal/0/corpus",
             "/heal/1",
+            "/heal/0/distill",
+            "/heal/2",
+            "/heal/2/corpus",
+            "/heal/2/corpus/of/0",
+            "/heal/2/corpus/of/0/corpus",
+            "/heal/3",
+            "/heal/4",
             "/eval",
             "/eval/perplexity/0",
             "/eval/perplexity/1",

@@ -307,7 +307,10 @@ pub struct HealReport {
     pub held_out_after: f64,
     /// The held-out loss did not get less, and what was healed was thrown away.
     pub reverted: bool,
-    /// The healed checkpoint; absent when reverted.
+    /// It was compared with other methods, and another one lowered the loss more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub passed_over: bool,
+    /// The healed checkpoint; absent when reverted or passed over.
     pub checkpoint: Option<CheckpointRef>,
 }
 

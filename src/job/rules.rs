@@ -3,8 +3,8 @@
 use super::complaint::Complaint;
 use super::preset::ModelFacts;
 use super::spec::{
-    CalibrationSpec, Corpus, DamageSpec, HealMethod, JobSpec, ModelSource, PruneAmount, QloraSpec, Strategy,
-    TaskSpec, TrainingSpec,
+    CalibrationSpec, Corpus, DamageSpec, HealMethod, JobSpec, ModelSource, PruneAmount, QloraSpec, Share,
+    Strategy, TaskSpec, TrainingSpec,
 };
 
 /// Longest window and largest counts accepted: beyond any model in the field,
@@ -233,6 +233,9 @@ impl JobSpec {
         for (i, corpus) in self.eval.perplexity.iter().enumerate() {
             let at = format!("/eval/perplexity/{i}");
             check_corpus(corpus, &at, out);
+            if matches!(corpus, Corpus::Mix { .. }) {
+                out.add(&at, "a mixture gives no perplexity that means something; name its texts one by one");
+            }
             self.check_leak(corpus, &at, out);
         }
         check_tasks(&self.eval.tasks, "/eval/tasks", out);
@@ -240,7 +243,7 @@ impl JobSpec {
 
     /// Healing on the text that judges the healing would flatter it.
     fn check_leak(&self, corpus: &Corpus, at: &str, out: &mut Complaints) {
-        let healed_on = self.heal.iter().any(|method| method.corpus() == corpus);
+        let healed_on = self.heal.iter().any(|method| method.corpus().texts().contains(&corpus));
         if healed_on && !matches!(corpus, Corpus::Model { .. }) {
             out.add(at, "is the text the job heals on; measure on text that healing never sees");
         }
@@ -320,6 +323,12 @@ fn check_tasks(tasks: &[TaskSpec], at: &str, out: &mut Complaints) {
             out.add(&format!("{at}/limit"), "must be at least 1");
         }
         check_corpus(&task.items, &format!("{at}/items"), out);
+        if matches!(task.items, Corpus::Mix { .. }) {
+            out.add(
+                &format!("{at}/items"),
+                "evaluation items are not mixed; make each file a task of its own",
+            );
+        }
         if matches!(task.items, Corpus::Model { .. }) {
             out.add(
                 &format!("{at}/items"),
@@ -356,8 +365,10 @@ fn check_training(t: &TrainingSpec, at: &str, out: &mut Complaints) {
     if t.weight_decay.is_some_and(|d| !(0.0..=1.0).contains(&d)) {
         out.add(&format!("{at}/weight_decay"), "must be from 0 to 1");
     }
-    if t.betas.is_some_and(|betas| betas.iter().any(|beta| !(0.0..1.0).contains(beta))) {
-        out.add(&format!("{at}/betas"), "must each be at least 0 and less than 1");
+    for (name, beta) in [("beta1", t.beta1), ("beta2", t.beta2)] {
+        if beta.is_some_and(|beta| !(0.0..1.0).contains(&beta)) {
+            out.add(&format!("{at}/{name}"), "must be at least 0 and less than 1");
+        }
     }
     if let Some(distill) = &t.distill {
         out.positive(&format!("{at}/distill/weight"), Some(distill.weight), 1.0);
@@ -404,7 +415,23 @@ fn check_corpus(corpus: &Corpus, at: &str, out: &mut Complaints) {
             out.add(&format!("{at}/text"), "is longer than 8 MiB; put it into a file");
         }
         Corpus::Model { tokens: Some(0) } => out.add(&format!("{at}/tokens"), "must be at least 1"),
+        Corpus::Mix { of } => check_mix(of, at, out),
         Corpus::Text { .. } | Corpus::Model { .. } => {}
+    }
+}
+
+fn check_mix(of: &[Share], at: &str, out: &mut Complaints) {
+    if of.is_empty() {
+        out.add(&format!("{at}/of"), "name at least one text to mix");
+    }
+    for (i, share) in of.iter().enumerate() {
+        let at = format!("{at}/of/{i}");
+        out.positive(&format!("{at}/weight"), Some(share.weight), 1e6);
+        if matches!(share.corpus, Corpus::Mix { .. }) {
+            out.add(&format!("{at}/corpus/from"), "a mixture of mixtures; name all texts in one");
+            continue;
+        }
+        check_corpus(&share.corpus, &format!("{at}/corpus"), out);
     }
 }
 

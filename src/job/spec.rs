@@ -34,6 +34,9 @@ pub struct JobSpec {
     /// Healing methods in the order they run; `[]` heals nothing.
     #[serde(default = "default_heal")]
     pub heal: Vec<HealMethod>,
+    /// Run each method from the same cut instead, and keep the one that lowers the held-out loss most.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub compare_heals: bool,
     #[serde(default)]
     pub eval: EvalSpec,
     #[serde(default)]
@@ -55,14 +58,17 @@ impl JobSpec {
         repairs || !self.heal.is_empty() && self.prune.strategies().contains(&Strategy::Auto)
     }
 
-    /// Every corpus of the spec and its place, as a JSON pointer.
+    /// Every text of the spec and its place, as a JSON pointer.
     pub fn corpora_mut(&mut self) -> Vec<(String, &mut Corpus)> {
-        let mut all = vec![("/calibration/corpus".to_string(), &mut self.calibration.corpus)];
+        let mut all = self.calibration.corpus.texts_mut("/calibration/corpus".to_string());
         let damage = &mut self.prune.damage;
-        all.extend(damage.corpus.as_mut().map(|corpus| ("/prune/damage/corpus".to_string(), corpus)));
+        let of_damage = damage.corpus.iter_mut();
+        all.extend(of_damage.flat_map(|corpus| corpus.texts_mut("/prune/damage/corpus".to_string())));
         all.extend(items_of(&mut damage.tasks, "/prune/damage/tasks"));
         let healing = self.heal.iter_mut().enumerate();
-        all.extend(healing.map(|(i, method)| (format!("/heal/{i}/corpus"), method.corpus_mut())));
+        all.extend(
+            healing.flat_map(|(i, method)| method.corpus_mut().texts_mut(format!("/heal/{i}/corpus"))),
+        );
         let texts = self.eval.perplexity.iter_mut().enumerate();
         all.extend(texts.map(|(i, corpus)| (format!("/eval/perplexity/{i}"), corpus)));
         all.extend(items_of(&mut self.eval.tasks, "/eval/tasks"));
@@ -127,6 +133,53 @@ pub enum Corpus {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tokens: Option<u64>,
     },
+    /// Several texts, in windows by turns: to calibrate, to choose and to heal on, not to be judged by.
+    Mix { of: Vec<Share> },
+}
+
+/// A text of a mixture.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    #[schema(no_recursion)]
+    pub corpus: Corpus,
+    /// How many windows it gives, relative to the others.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+const fn one() -> f64 {
+    1.0
+}
+
+impl Corpus {
+    /// The texts it is of: itself, or those that are mixed.
+    #[must_use]
+    pub fn texts(&self) -> Vec<&Self> {
+        match self {
+            Self::Mix { of } => of.iter().flat_map(|share| share.corpus.texts()).collect(),
+            Self::Path { .. }
+            | Self::Hub { .. }
+            | Self::Upload { .. }
+            | Self::Text { .. }
+            | Self::Model { .. } => vec![self],
+        }
+    }
+
+    /// The same with their places, for a corpus at `at`.
+    fn texts_mut(&mut self, at: String) -> Vec<(String, &mut Self)> {
+        match self {
+            Self::Mix { of } => {
+                let of = of.iter_mut().enumerate();
+                of.flat_map(|(i, share)| share.corpus.texts_mut(format!("{at}/of/{i}/corpus"))).collect()
+            }
+            Self::Path { .. }
+            | Self::Hub { .. }
+            | Self::Upload { .. }
+            | Self::Text { .. }
+            | Self::Model { .. } => vec![(at, self)],
+        }
+    }
 }
 
 impl Default for Corpus {

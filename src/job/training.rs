@@ -25,9 +25,12 @@ pub struct TrainingSpec {
     pub seq_len: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
-    /// How much of the gradient's mean, and of its square's, is kept from step to step (`AdamW`).
+    /// How much of the gradient's mean is kept from step to step (`AdamW`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub betas: Option<[f64; 2]>,
+    pub beta1: Option<f64>,
+    /// The same of the mean of its square.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta2: Option<f64>,
     /// Added to the root of the square's mean (`AdamW`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eps: Option<f64>,
@@ -55,8 +58,10 @@ pub struct Training {
     pub batch_size: u32,
     pub seq_len: u32,
     pub weight_decay: f64,
-    #[serde(default = "betas")]
-    pub betas: [f64; 2],
+    #[serde(default = "beta1")]
+    pub beta1: f64,
+    #[serde(default = "beta2")]
+    pub beta2: f64,
     #[serde(default = "eps")]
     pub eps: f64,
     #[serde(default)]
@@ -78,8 +83,12 @@ pub struct Defaults {
 }
 
 /// As in `torch`.
-const fn betas() -> [f64; 2] {
-    [0.9, 0.999]
+const fn beta1() -> f64 {
+    0.9
+}
+
+const fn beta2() -> f64 {
+    0.999
 }
 
 const fn eps() -> f64 {
@@ -105,7 +114,8 @@ impl TrainingSpec {
             batch_size: self.batch_size.unwrap_or(defaults.batch_size),
             seq_len: self.seq_len.unwrap_or(defaults.seq_len).min(most),
             weight_decay: self.weight_decay.unwrap_or(0.0),
-            betas: self.betas.unwrap_or_else(betas),
+            beta1: self.beta1.unwrap_or_else(beta1),
+            beta2: self.beta2.unwrap_or_else(beta2),
             eps: self.eps.unwrap_or_else(eps),
             moment_bits: self.moment_bits,
             max_gradient_norm: self.max_gradient_norm.unwrap_or_else(max_gradient_norm),

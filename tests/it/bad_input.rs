@@ -118,6 +118,27 @@ fn a_repair_that_cannot_work() {
     let mut ridge = with(json!({"method": "least_squares", "ridge": -1.0}));
     ridge["prune"]["keep_first"] = json!(1);
     refused(&bench, &ridge, 2, &["/heal/0/ridge", "0 or more"]);
+    for (method, told) in [
+        (json!({"method": "qlora", "warmup_steps": 9, "steps": 8}), ["/heal/0/warmup_steps", "only 8 steps"]),
+        (json!({"method": "qlora", "moment_bits": 16}), ["/heal/0/moment_bits", "8"]),
+        (json!({"method": "qlora", "beta2": 1.0}), ["/heal/0/beta2", "less than 1"]),
+        (json!({"method": "qlora", "rank": 65}), ["/heal/0/rank", "from 1 to 64"]),
+        (json!({"method": "partial", "layers": 99}), ["/heal/0/layers", "from 1 to 6"]),
+        (json!({"method": "partial", "head": true}), ["/heal/0/method", "leave `head` out"]),
+        (
+            json!({"method": "full", "corpus": {"from": "mix", "of": []}}),
+            ["/heal/0/corpus/of", "at least one"],
+        ),
+        (
+            json!({"method": "full", "corpus": {"from": "mix", "of": [{"corpus": {"from": "model"}, "weight": 0.0}]}}),
+            ["/heal/0/corpus/of/0/weight", "more than 0"],
+        ),
+        (json!({"method": "reconstruct", "epochs": 0}), ["/heal/0/epochs", "from 1"]),
+    ] {
+        refused(&bench, &with(method), 2, &told);
+    }
+    let mixed = json!([{"from": "mix", "of": [{"corpus": {"from": "model"}}]}]);
+    refused(&bench, &bench.spec_with("/eval/perplexity", mixed), 2, &["/eval/perplexity/0", "one by one"]);
     refused(&bench, &with(json!({"method": "rescale", "samples": 0})), 2, &["/heal/0/samples", "from 1"]);
     refused(&bench, &with(json!({"method": "rescale", "rank": 8})), 2, &["/heal/0/rank", "`samples`"]);
     refused(

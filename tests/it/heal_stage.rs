@@ -49,12 +49,23 @@ fn healed_on(dir: &Path, qlora: Value, windows: WindowsOf) -> (Vec<HealReport>, 
 
 /// The same with these methods.
 fn healed_by(dir: &Path, methods: Value, windows: WindowsOf) -> (Vec<HealReport>, Vec<String>) {
+    healed_with(dir, methods, false, windows)
+}
+
+/// The same with these methods, one on the other or compared.
+fn healed_with(
+    dir: &Path,
+    methods: Value,
+    compare: bool,
+    windows: WindowsOf,
+) -> (Vec<HealReport>, Vec<String>) {
     let base =
         Checkpoint::open(&Tiny { dtype: Dtype::F32, ..Tiny::llama() }.write(dir.join("base"))).unwrap();
     let spec = json!({
         "model": {"from": "path", "path": "base"},
         "prune": {"amount": {"layers": 2}, "keep_first": 1},
         "heal": methods,
+        "compare_heals": compare,
     });
     let spec = JobSpec::read(spec).unwrap();
     let workspace = Workspace::open(&dir.join("workspace")).unwrap();
@@ -130,6 +141,8 @@ fn healing_that_hurts_is_thrown_away_whatever_the_method() {
         // It makes this model surer of all it says; the text of the others is not what it would say.
         (json!({"method": "rescale", "seq_len": 24}), false),
         (json!({"method": "least_squares", "seq_len": 24}), true),
+        (json!({"method": "reconstruct", "seq_len": 24, "learning_rate": 0.01}), true),
+        (json!({"method": "full", "seq_len": 24, "steps": 6, "batch_size": 2, "learning_rate": 0.01}), true),
     ] {
         let dir = tempfile::tempdir().unwrap();
         // Judged by what the pruned model says of itself, which it could hardly say better.
@@ -154,6 +167,55 @@ fn healing_that_hurts_is_thrown_away_whatever_the_method() {
             assert!(!dir.path().join("workspace").join(name).exists(), "{name}");
         }
     }
+}
+
+#[test]
+fn whole_layers_that_were_trained_are_in_the_files_and_all_else_keeps_its_bytes() {
+    let training = json!({
+        "steps": 12, "batch_size": 2, "seq_len": 24, "warmup_steps": 0, "learning_rate": 0.003, "moment_bits": 8
+    });
+    for (method, layers) in [("partial", 3..4), ("full", 0..4)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = json!({"method": method});
+        spec.as_object_mut().unwrap().extend(training.as_object().unwrap().clone());
+        if method == "partial" {
+            spec["layers"] = json!(1);
+        }
+        let (reports, left) = healed_by(dir.path(), json!([spec]), &mut windows);
+        assert_eq!(left, ["healed"], "{method}");
+        assert!(reports[0].held_out_after < 0.97 * reports[0].held_out_before, "{method}: {:?}", reports[0]);
+        let (pruned, healed) = (open(dir.path(), "pruned"), open(dir.path(), "healed"));
+        let mut changed = 0;
+        for name in pruned.index().tensors.keys() {
+            let linear =
+                name.contains("_proj.") && layers.clone().any(|l| name.contains(&format!(".layers.{l}.")));
+            let same = pruned.values(name).unwrap() == healed.values(name).unwrap();
+            assert_eq!(same, !linear, "{method}: {name}");
+            changed +=
+                u64::from(linear) * pruned.index().tensors[name].shape.iter().product::<usize>() as u64;
+        }
+        assert_eq!(reports[0].trainable_parameters, changed, "{method}");
+    }
+}
+
+#[test]
+fn of_methods_compared_on_one_cut_the_best_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let longer = json!({"steps": 24});
+    let mut better = qlora();
+    better.as_object_mut().unwrap().extend(longer.as_object().unwrap().clone());
+    let mut hopeless = qlora();
+    hopeless["learning_rate"] = json!(1e-9);
+    let methods = json!([hopeless, better, qlora()]);
+    let (reports, left) = healed_with(dir.path(), methods, true, &mut windows);
+    assert_eq!(left, ["healed", "adapter"]);
+    let kept: Vec<bool> = reports.iter().map(|report| report.checkpoint.is_some()).collect();
+    assert_eq!(kept, [false, true, false]);
+    assert!(reports[2].passed_over && !reports[2].reverted && !reports[1].passed_over);
+    // All began with the cut.
+    assert!(reports.iter().all(|report| report.held_out_before == reports[0].held_out_before));
+    let digest = &reports[1].checkpoint.as_ref().unwrap().digest;
+    assert_eq!(open(dir.path(), "healed").digest().unwrap(), *digest);
 }
 
 #[test]

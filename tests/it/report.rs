@@ -98,6 +98,7 @@ fn healing() -> HealReport {
         held_out_before: 4.05,
         held_out_after: 3.21,
         reverted: false,
+        passed_over: false,
         checkpoint: Some(checkpoint("healed")),
     }
 }

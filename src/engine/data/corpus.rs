@@ -43,6 +43,7 @@ pub fn label(corpus: &Corpus) -> String {
         Corpus::Upload { upload_id } => upload_id.to_string(),
         Corpus::Text { .. } => "text".into(),
         Corpus::Model { .. } => "model".into(),
+        Corpus::Mix { .. } => corpus.texts().into_iter().map(label).collect::<Vec<_>>().join(" + "),
     }
 }
 
@@ -57,6 +58,11 @@ pub fn digest(corpus: &Corpus) -> Result<String> {
         }
         Corpus::Text { text } => hash.update(text),
         Corpus::Model { tokens } => hash.update(format!("model {tokens:?}")),
+        Corpus::Mix { of } => {
+            for share in of {
+                hash.update(format!("{} {}\n", digest(&share.corpus)?, share.weight));
+            }
+        }
         Corpus::Hub { .. } | Corpus::Upload { .. } => return Err(unresolved(corpus)),
     }
     Ok(hex::encode(hash.finalize()))
@@ -79,6 +85,7 @@ pub fn pieces(corpus: &Corpus) -> Result<Pieces> {
             (reader, Format::Parquet) => rows(path, reader),
         },
         Corpus::Model { .. } => Err(Error::bug("text the model writes is not read from anywhere")),
+        Corpus::Mix { .. } => Err(Error::bug("a mixture is read text by text")),
         Corpus::Hub { .. } | Corpus::Upload { .. } => Err(unresolved(corpus)),
     }
 }
@@ -96,6 +103,7 @@ pub fn lines(corpus: &Corpus) -> Result<Lines> {
             }
         },
         Corpus::Model { .. } => Err(Error::spec("a model cannot write evaluation items; name a .jsonl file")),
+        Corpus::Mix { .. } => Err(Error::spec("evaluation items are not mixed; name a .jsonl file")),
         Corpus::Hub { .. } | Corpus::Upload { .. } => Err(unresolved(corpus)),
     }
 }

@@ -2,7 +2,9 @@
 
 pub mod corpus;
 pub mod items;
+mod mix;
 pub mod windows;
 
 pub use corpus::{digest, label};
+pub use mix::mixed;
 pub use windows::{Purpose, Wanted, Windows, windows};

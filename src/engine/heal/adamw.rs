@@ -45,7 +45,7 @@ impl AdamW {
         let both = |v: &Var| [moment(v.elem_count(), Table::signed), moment(v.elem_count(), Table::unsigned)];
         Self {
             moments: variables.iter().map(both).collect(),
-            betas: training.betas,
+            betas: [training.beta1, training.beta2],
             eps: training.eps,
             weight_decay: training.weight_decay,
         }

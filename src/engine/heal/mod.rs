@@ -19,7 +19,6 @@ mod training;
 mod whole;
 mod windows;
 
-use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 
 pub use qlora::train;
@@ -118,6 +117,7 @@ impl Remedy {
 }
 
 /// How things stand between two methods.
+#[derive(Clone)]
 struct Standing {
     checkpoint: CheckpointRef,
     sizes: Vec<f64>,
@@ -125,9 +125,9 @@ struct Standing {
     adapter: Option<PathBuf>,
 }
 
-/// Runs the methods of the spec, one on what the other left. Gives their reports and the names of what is left in the
-/// workspace: `healed`, and `adapter` where `healed` is nothing but `pruned` with an adapter merged; or nothing when no
-/// method helped.
+/// Runs the methods of the spec, one on what the other left, or, to be compared, each on the cut itself. Gives their
+/// reports and the names of what is left in the workspace: `healed`, and `adapter` where `healed` is nothing but
+/// `pruned` with an adapter merged; or nothing when no method helped.
 pub fn heal(
     wound: &Wound,
     windows: WindowsOf,
@@ -138,14 +138,28 @@ pub fn heal(
     workspace.retract(HEALED)?;
     workspace.retract(ADAPTER)?;
     let sizes = vec![1.0; Block::runs(wound.dropped).len()];
-    let mut standing = Standing { checkpoint: wound.pruned.clone(), sizes, adapter: None };
+    let cut = Standing { checkpoint: wound.pruned.clone(), sizes, adapter: None };
+    let mut standing = cut.clone();
     let mut reports: Vec<HealReport> = Vec::new();
+    let mut least_gain = 0.0;
     for (i, method) in wound.spec.heal.iter().enumerate() {
+        let from = if wound.spec.compare_heals { &cut } else { &standing };
         let scratch = scratch.join(format!("{i}"));
-        reports.push(tried(wound, method, &mut standing, windows, workspace, &scratch, cx)?);
+        let trial = Trial { wound, from, least_gain, workspace, scratch: &scratch, cx };
+        let (report, kept) = trial.run(method, windows)?;
+        if let Some(kept) = kept {
+            standing = kept;
+            if wound.spec.compare_heals {
+                least_gain = report.held_out_before - report.held_out_after;
+                for earlier in &mut reports {
+                    earlier.passed_over |= earlier.checkpoint.take().is_some();
+                }
+            }
+        }
+        reports.push(report);
     }
     let mut left = Vec::new();
-    if reports.iter().any(|report| !report.reverted) {
+    if reports.iter().any(|report| report.checkpoint.is_some()) {
         left.push(HEALED.to_owned());
     }
     if let Some(adapter) = standing.adapter {
@@ -155,64 +169,91 @@ pub fn heal(
     Ok((reports, left))
 }
 
-/// Runs one method, judges what it wrote, and keeps it if it is better.
-fn tried(
-    wound: &Wound,
-    method: &HealMethod,
-    standing: &mut Standing,
-    windows: WindowsOf,
-    workspace: &Workspace,
-    scratch: &Path,
-    cx: Cx,
-) -> Result<HealReport> {
-    let facts = wound.base.config().facts();
-    let settings = method.settings(wound.spec.preset, &facts, wound.dropped.len() as u32);
-    let asked = settings.windows() + windows::HELD_OUT;
-    let windows = Windows::split(windows(method.corpus(), settings.seq_len() as usize, asked)?)?;
-    let source = Checkpoint::open(&workspace.dir().join(&standing.checkpoint.path))?;
-    let judge =
-        |checkpoint: &Checkpoint| mean_loss(&Decoder::open(checkpoint, cx.compute)?, &windows.held_out, cx);
-    let judged = (&standing.checkpoint.digest, cx.compute.name(), &windows.held_out);
-    let held_out_before = workspace.kept("held-out", &judged, || judge(&source))?;
-    let case = Case { wound, source: &source, sizes: &standing.sizes, windows: &windows, scratch, cx };
-    let (remedy, candidate) = treat(&case, &settings, workspace)?;
-    let held_out_after = judge(&Checkpoint::open(&workspace.dir().join(CANDIDATE))?)?;
-    // What is no number is not less either.
-    let reverted = held_out_after.partial_cmp(&held_out_before) != Some(Ordering::Less);
-    if reverted {
-        cx.note(format!(
-            "{} did not lower the held-out loss ({held_out_before:.4} to {held_out_after:.4} nats a token) and was \
-             thrown away",
-            method.name()
-        ));
-        workspace.retract(CANDIDATE)?;
-    } else {
-        let alone = standing.checkpoint == *wound.pruned;
-        standing.adapter = match (&settings, &remedy.adapters) {
-            (HealSettings::Qlora(settings), adapters) if alone => {
+/// A method tried.
+struct Trial<'a> {
+    wound: &'a Wound<'a>,
+    from: &'a Standing,
+    /// What it must lower the held-out loss by, and more, to be kept.
+    least_gain: f64,
+    workspace: &'a Workspace,
+    scratch: &'a Path,
+    cx: Cx<'a>,
+}
+
+impl Trial<'_> {
+    /// Runs the method, judges what it wrote, and keeps it if it is better.
+    fn run(&self, method: &HealMethod, windows: WindowsOf) -> Result<(HealReport, Option<Standing>)> {
+        let &Self { wound, from, workspace, cx, .. } = self;
+        let facts = wound.base.config().facts();
+        let settings = method.settings(wound.spec.preset, &facts, wound.dropped.len() as u32);
+        let asked = settings.windows() + windows::HELD_OUT;
+        let windows = Windows::split(windows(method.corpus(), settings.seq_len() as usize, asked)?)?;
+        let source = Checkpoint::open(&workspace.dir().join(&from.checkpoint.path))?;
+        let judge = |checkpoint: &Checkpoint| {
+            mean_loss(&Decoder::open(checkpoint, cx.compute)?, &windows.held_out, cx)
+        };
+        let judged = (&from.checkpoint.digest, cx.compute.name(), &windows.held_out);
+        let held_out_before = workspace.kept("held-out", &judged, || judge(&source))?;
+        let case =
+            Case { wound, source: &source, sizes: &from.sizes, windows: &windows, scratch: self.scratch, cx };
+        let (remedy, candidate) = treat(&case, &settings, workspace)?;
+        let held_out_after = judge(&Checkpoint::open(&workspace.dir().join(CANDIDATE))?)?;
+        // What is no number is not less either.
+        let gain = held_out_before - held_out_after;
+        let (reverted, keep) = (!(gain > 0.0), gain > self.least_gain);
+        if reverted {
+            cx.note(format!(
+                "{} did not lower the held-out loss ({held_out_before:.4} to {held_out_after:.4} nats a token) and \
+                 was thrown away",
+                method.name()
+            ));
+        }
+        let kept = if keep { Some(self.keep(&settings, &remedy, candidate, &source)?) } else { None };
+        if kept.is_none() {
+            workspace.retract(CANDIDATE)?;
+        }
+        let report = HealReport {
+            method: method.name().to_owned(),
+            settings,
+            trainable_parameters: remedy.trainable_parameters,
+            tokens: remedy.tokens,
+            curve: remedy.curve,
+            repaired: remedy.repaired,
+            diverged_at: remedy.diverged_at,
+            held_out_before,
+            held_out_after,
+            reverted,
+            passed_over: !reverted && !keep,
+            checkpoint: kept.as_ref().map(|kept| kept.checkpoint.clone()),
+        };
+        Ok((report, kept))
+    }
+
+    /// Puts what was written in its place.
+    fn keep(
+        &self,
+        settings: &HealSettings,
+        remedy: &Remedy,
+        candidate: CheckpointRef,
+        source: &Checkpoint,
+    ) -> Result<Standing> {
+        let Self { wound, from, workspace, .. } = self;
+        let adapter = match settings {
+            HealSettings::Qlora(settings) if from.checkpoint == *wound.pruned => {
                 let part = workspace.part(ADAPTER)?;
-                peft::save(&part, &wound.pruned.path, source.config(), adapters, settings)?;
+                peft::save(&part, &wound.pruned.path, source.config(), &remedy.adapters, settings)?;
                 Some(part)
             }
-            _ => None,
+            HealSettings::Qlora(_)
+            | HealSettings::Whole(_)
+            | HealSettings::Rescale(_)
+            | HealSettings::LeastSquares(_)
+            | HealSettings::Reconstruct(_) => None,
         };
         workspace.publish(&workspace.dir().join(CANDIDATE), HEALED)?;
-        standing.checkpoint = CheckpointRef { path: HEALED.to_owned(), ..candidate };
-        standing.sizes = remedy.sizes;
+        let checkpoint = CheckpointRef { path: HEALED.to_owned(), ..candidate };
+        Ok(Standing { checkpoint, sizes: remedy.sizes.clone(), adapter })
     }
-    Ok(HealReport {
-        method: method.name().to_owned(),
-        settings,
-        trainable_parameters: remedy.trainable_parameters,
-        tokens: remedy.tokens,
-        curve: remedy.curve,
-        repaired: remedy.repaired,
-        diverged_at: remedy.diverged_at,
-        held_out_before,
-        held_out_after,
-        reverted,
-        checkpoint: (!reverted).then(|| standing.checkpoint.clone()),
-    })
 }
 
 /// Runs one method and writes what comes of it to `healing` in the workspace, which nobody has judged.

@@ -275,6 +275,8 @@ fn lens_figure(out: &mut String, report: &Report) {
 fn heal_figure(out: &mut String, heal: &HealReport) {
     let outcome = if heal.reverted {
         "It did not lower the held-out loss and was thrown away."
+    } else if heal.passed_over {
+        "Another method lowered it more and was kept instead."
     } else {
         "It was kept."
     };
