@@ -18,6 +18,8 @@ const WINDOWS: usize = 8;
 pub struct Beside<'a> {
     base: Walker,
     healed: Walker,
+    /// The first layers that are the same in both.
+    alike: usize,
     /// By block: how many times smaller the healed model's stream is behind it than the base's, by what other
     /// methods did to its layers.
     sizes: &'a [f64],
@@ -62,6 +64,7 @@ impl<'a> Beside<'a> {
         Ok(Self {
             base: Walker::open(case.wound.base, windows, case.cx)?,
             healed: Walker::open(case.source, windows, case.cx)?,
+            alike: alike(case.wound.base, case.source)?,
             sizes: case.sizes,
             cx: case.cx,
         })
@@ -70,6 +73,12 @@ impl<'a> Beside<'a> {
     /// Goes on to block `index` of the cut, which begins at layer `seam` of the healed model: the base to behind it,
     /// the healed model to `before` layers before it.
     pub fn go_to(&mut self, block: Block, seam: usize, before: usize) -> Result<()> {
+        // What both do alike is done once.
+        let together = self.alike.min(seam - before);
+        if self.healed.at == 0 && self.base.at < together {
+            self.base.go_to(together, "through both models", self.cx)?;
+            (self.healed.streams, self.healed.at) = (self.base.streams.copy()?, together);
+        }
         self.base.go_to(block.layers().end as usize, "through the base model", self.cx)?;
         self.healed.go_to(seam - before, "through the pruned model", self.cx)
     }
@@ -167,6 +176,38 @@ impl<'a> Beside<'a> {
         let factor = repair(self)?;
         Ok(Repaired { block, factor, error_before, error_after: self.error(index)? })
     }
+}
+
+/// The first layers that have the same bytes in both, if embeddings have.
+fn alike(base: &Checkpoint, healed: &Checkpoint) -> Result<usize> {
+    let same = |prefix: &str, but: &str| -> Result<bool> {
+        let of = |checkpoint: &Checkpoint| -> Vec<String> {
+            let names = checkpoint.index().tensors.keys();
+            names.filter(|name| name.starts_with(prefix) && !name.starts_with(but)).cloned().collect()
+        };
+        let names = of(base);
+        for name in &names {
+            let (a, b) = (base.mapped(name)?, healed.info(name).map(|_| healed.mapped(name)).transpose()?);
+            let same = b.is_some_and(|b| a == b);
+            base.release(name);
+            healed.release(name);
+            if !same {
+                return Ok(false);
+            }
+        }
+        Ok(names == of(healed))
+    };
+    let config = base.config();
+    if !same(&config.base, &config.layers_prefix())? {
+        return Ok(0);
+    }
+    let most = config.layer_count.min(healed.config().layer_count);
+    for layer in 0..most {
+        if !same(&config.in_layer(layer, ""), "\0")? {
+            return Ok(layer);
+        }
+    }
+    Ok(most)
 }
 
 /// By row of both.
