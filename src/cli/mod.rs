@@ -25,6 +25,8 @@ mod prune;
 #[cfg(feature = "engine")]
 mod run;
 mod size;
+#[cfg(feature = "engine")]
+mod sweep;
 #[cfg(feature = "service")]
 mod up;
 #[cfg(feature = "service")]
@@ -53,6 +55,9 @@ enum Command {
     /// Run one job here: no server, no database.
     #[cfg(feature = "engine")]
     Run(run::Args),
+    /// Run many jobs here, from one spec and axes along which it varies.
+    #[cfg(feature = "engine")]
+    Sweep(sweep::Args),
     /// Leave layers out of a checkpoint: files only, nothing is measured.
     #[cfg(feature = "engine")]
     Prune(prune::Args),
@@ -82,6 +87,8 @@ pub fn main() -> ExitCode {
         Command::Worker(args) => worker::run(args),
         #[cfg(feature = "engine")]
         Command::Run(args) => run::run(args),
+        #[cfg(feature = "engine")]
+        Command::Sweep(args) => sweep::run(args),
         #[cfg(feature = "engine")]
         Command::Prune(args) => prune::run(args),
         Command::Inspect(args) => inspect::run(args),

@@ -30,6 +30,16 @@ pub struct Args {
     /// End after this stage: profile, select, prune, heal, eval or report.
     #[arg(long, value_name = "STAGE")]
     until: Option<Stage>,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Write events to standard output as one JSON object a line, and nothing else there.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    events: Option<EventFormat>,
+}
+
+/// Where and how to compute.
+#[derive(clap::Args)]
+pub struct ComputeArgs {
     /// Where to compute: `cpu` or `cuda:N`.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -48,9 +58,6 @@ pub struct Args {
     /// on top.
     #[arg(long, value_name = "SIZE", value_parser = super::size::bytes)]
     memory_limit: Option<u64>,
-    /// Write events to standard output as one JSON object a line, and nothing else there.
-    #[arg(long, value_enum, value_name = "FORMAT")]
-    events: Option<EventFormat>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -66,10 +73,29 @@ enum EventFormat {
 }
 
 /// Why a run did not end well.
-enum Trouble {
+pub enum Trouble {
     BadSpec(Vec<Complaint>),
     Stopped,
     Failed(Failure),
+}
+
+impl Trouble {
+    /// Of a spec that is not even JSON.
+    pub fn unreadable(why: &anyhow::Error) -> Self {
+        Self::BadSpec(vec![Complaint { pointer: String::new(), message: format!("{why:#}") }])
+    }
+
+    /// For those who read a failure.
+    pub fn failure(self) -> Failure {
+        match self {
+            Self::Failed(failure) => failure,
+            Self::Stopped => Failure { kind: FailureKind::Crash, stage: None, message: "stopped".into() },
+            Self::BadSpec(complaints) => {
+                let lines: Vec<String> = complaints.iter().map(ToString::to_string).collect();
+                Failure { kind: FailureKind::Spec, stage: None, message: lines.join("; ") }
+            }
+        }
+    }
 }
 
 impl From<Error> for Trouble {
@@ -90,14 +116,7 @@ impl From<Failure> for Trouble {
 // Every command has this shape.
 #[allow(clippy::needless_pass_by_value, clippy::unnecessary_wraps)]
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    match args.memory_limit {
-        None => allocator::keep_freed(),
-        Some(_) => allocator::return_freed(),
-    }
-    process::one_thread_pool();
-    if let Some(threads) = args.threads {
-        process::limit_threads(threads.into());
-    }
+    args.compute.prepare();
     process::stop_on_signals();
     process::end_with_supervisor();
     let observer: Box<dyn Observer> = match args.events {
@@ -106,12 +125,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let value = match read_spec(&args.spec) {
         Ok(value) => value,
-        Err(e) => {
-            let complaint = Complaint { pointer: String::new(), message: format!("{e:#}") };
-            return Ok(end(Trouble::BadSpec(vec![complaint]), &*observer));
-        }
+        Err(e) => return Ok(end(Trouble::unreadable(&e), &*observer)),
     };
-    match walk(&args, value, &*observer) {
+    let asked = JobSpec::read(value).map_err(Trouble::BadSpec);
+    let ended = asked.and_then(|asked| go(&asked, &args.compute, &args.workspace, args.until, &*observer));
+    match ended {
         Ok(None) => Ok(ExitCode::SUCCESS),
         Ok(Some(report)) => {
             if args.events.is_none() {
@@ -123,12 +141,18 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn walk(args: &Args, value: Value, observer: &dyn Observer) -> Result<Option<Report>, Trouble> {
-    let asked = JobSpec::read(value).map_err(Trouble::BadSpec)?;
+/// Runs a job, to its end or until a stage.
+pub fn go(
+    asked: &JobSpec,
+    args: &ComputeArgs,
+    workspace: &Path,
+    until: Option<Stage>,
+    observer: &dyn Observer,
+) -> Result<Option<Report>, Trouble> {
     let mut compute = compute(&args.device, args.precision)?;
-    compute.memory = Memory::new(args.memory_limit, &args.workspace);
+    compute.memory = Memory::new(args.memory_limit, workspace);
     compute.memory.keep_freed();
-    let local = fetch::localize(&asked, observer)?;
+    let local = fetch::localize(asked, observer)?;
     let ModelSource::Path { path } = &local.model else {
         return Err(Error::bug("a model that was fetched has no path").into());
     };
@@ -137,13 +161,26 @@ fn walk(args: &Args, value: Value, observer: &dyn Observer) -> Result<Option<Rep
     if !complaints.is_empty() {
         return Err(Trouble::BadSpec(complaints));
     }
-    let run =
-        Run { asked: &asked, local: &local, base: &base, compute: &compute, observer, until: args.until };
-    Ok(run.go(&args.workspace)?)
+    let run = Run { asked, local: &local, base: &base, compute: &compute, observer, until };
+    Ok(run.go(workspace)?)
+}
+
+impl ComputeArgs {
+    /// Tells allocator and threads what they have to work with; before anything is computed.
+    pub fn prepare(&self) {
+        match self.memory_limit {
+            None => allocator::keep_freed(),
+            Some(_) => allocator::return_freed(),
+        }
+        process::one_thread_pool();
+        if let Some(threads) = self.threads {
+            process::limit_threads(threads.into());
+        }
+    }
 }
 
 /// Says what went wrong, where it belongs, and gives the exit code.
-fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
+pub fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
     match trouble {
         Trouble::BadSpec(complaints) => {
             let lines: Vec<String> = complaints.iter().map(ToString::to_string).collect();
@@ -170,7 +207,7 @@ fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
     }
 }
 
-fn read_spec(source: &str) -> anyhow::Result<Value> {
+pub fn read_spec(source: &str) -> anyhow::Result<Value> {
     let mut text = String::new();
     if source == "-" {
         std::io::stdin().read_to_string(&mut text).context("standard input")?;

@@ -333,7 +333,7 @@ pub struct ReconstructSpec {
 
 impl Default for ReconstructSpec {
     fn default() -> Self {
-        Self { corpus: Corpus::default(), samples: 128, seq_len: 512, epochs: 4, learning_rate: 3e-4 }
+        Self { corpus: Corpus::default(), samples: 128, seq_len: 512, epochs: 4, learning_rate: 1e-3 }
     }
 }
 

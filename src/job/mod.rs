@@ -14,4 +14,5 @@ pub mod rules;
 pub mod shape;
 pub mod spec;
 pub mod state;
+pub mod sweep;
 pub mod training;

@@ -60,6 +60,7 @@ mod select;
 mod service_crash;
 mod state;
 mod support;
+mod sweep;
 mod tidy;
 #[cfg(feature = "engine")]
 mod tiny;

@@ -198,7 +198,7 @@ fn alike(base: &Checkpoint, healed: &Checkpoint) -> Result<usize> {
         Ok(names == of(healed))
     };
     let config = base.config();
-    if !same(&config.base, &config.layers_prefix())? {
+    if !same(config.base, &config.layers_prefix())? {
         return Ok(0);
     }
     let most = config.layer_count.min(healed.config().layer_count);

@@ -200,8 +200,8 @@ impl Trial<'_> {
         let held_out_after = judge(&Checkpoint::open(&workspace.dir().join(CANDIDATE))?)?;
         // What is no number is not less either.
         let gain = held_out_before - held_out_after;
-        let (reverted, keep) = (!(gain > 0.0), gain > self.least_gain);
-        if reverted {
+        let (lowered, keep) = (gain > 0.0, gain > self.least_gain);
+        if !lowered {
             cx.note(format!(
                 "{} did not lower the held-out loss ({held_out_before:.4} to {held_out_after:.4} nats a token) and \
                  was thrown away",
@@ -222,8 +222,8 @@ impl Trial<'_> {
             diverged_at: remedy.diverged_at,
             held_out_before,
             held_out_after,
-            reverted,
-            passed_over: !reverted && !keep,
+            reverted: !lowered,
+            passed_over: lowered && !keep,
             checkpoint: kept.as_ref().map(|kept| kept.checkpoint.clone()),
         };
         Ok((report, kept))

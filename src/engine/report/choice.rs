@@ -1,5 +1,6 @@
 //! Why these layers, as plots: damage measured layer by layer, strategy by strategy, and what the head reads.
 
+use super::lines::{Point, Series, Squeezed, lines, whole};
 use super::plot::{BOTTOM, Figure, LEFT, Plot, TOP, WIDTH, tick_text, ticks};
 use crate::job::report::{Compared, LayerProfile, LayerSelection, Step, Zone};
 use crate::job::spec::{DamageMeasure, Zones};
@@ -7,34 +8,6 @@ use crate::job::spec::{DamageMeasure, Zones};
 const HEIGHT: f64 = 340.0;
 /// Width of the bounds' names beside the bars.
 const BOUNDS: f64 = 136.0;
-
-/// Damages differ by powers of ten and may lie below zero: straight near zero, logarithmic far from it.
-#[derive(Clone, Copy)]
-struct Squeezed {
-    /// Where the one turns into the other.
-    unit: f64,
-}
-
-impl Squeezed {
-    fn at(self, damage: f64) -> f64 {
-        (damage / self.unit).asinh()
-    }
-
-    /// Round damages in a range, in the order of their worth for a reader, none nearer to another than `gap`.
-    fn ticks(self, (low, high): (f64, f64), gap: f64) -> Vec<(f64, String)> {
-        let tens = (-4..4).map(|power| 10f64.powi(power));
-        let sizes: Vec<f64> = tens.clone().chain(tens.flat_map(|ten| [5.0 * ten, 2.0 * ten])).collect();
-        let mut found: Vec<(f64, String)> = Vec::new();
-        for damage in std::iter::once(0.0).chain(sizes.iter().flat_map(|size| [*size, -size])) {
-            let at = self.at(damage);
-            let near = found.iter().any(|(there, _)| (there - at).abs() < gap);
-            if (low..=high).contains(&at) && !near {
-                found.push((at, tick_text(damage)));
-            }
-        }
-        found
-    }
-}
 
 /// Damage of leaving out each layer by itself, by zone, with two standard errors to either side.
 pub fn criticality(profile: &LayerProfile, zones: &Zones, selection: &LayerSelection) -> Figure {
@@ -120,91 +93,26 @@ pub const fn zone_name(zone: Zone) -> &'static str {
     }
 }
 
-/// Width of the names beside the strategies' lines.
-const NAMES: f64 = 190.0;
-const COLOURS: usize = 7;
-const DASHES: usize = 4;
-const SIGNS: usize = 4;
-
 /// Damage by layers cut, a line for each strategy.
 pub fn strategies(compared: &[Compared], measure: DamageMeasure) -> Figure {
-    let steps = || compared.iter().flat_map(|c| &c.path);
-    let most = steps().map(|s| s.dropped.len()).max().unwrap_or(1) as f64;
-    let high = steps().map(|s| s.damage).fold(0.0, f64::max);
-    let low = steps().map(|s| s.damage).fold(0.0, f64::min);
-    // Where the worst is far off the best, the good ones would lie on the axis together.
-    let best = compared.iter().filter_map(|c| c.damage).fold(f64::INFINITY, f64::min);
-    let far = high > 12.0 * best;
-    let scale = Squeezed { unit: if far { best.max(high / 1000.0) } else { 100.0 * high.max(1e-9) } };
-    let margin = (scale.at(high) - scale.at(low)).max(1e-9) * 0.05;
-    let range = (scale.at(low) - if low < 0.0 { margin } else { 0.0 }, scale.at(high) + margin);
-    let mut plot = Plot::new(HEIGHT + 40.0, (1.0 - 0.02 * most, most), range).beside(NAMES);
-    let y_ticks = if far {
-        scale.ticks(range, (range.1 - range.0) / 11.0)
-    } else {
-        ticks((low, high)).into_iter().map(|t| (scale.at(t), tick_text(t))).collect()
-    };
     let name = match measure {
         DamageMeasure::Loss => "damage: loss, nats per token",
         DamageMeasure::Kl => "damage: KL, nats per token",
     };
-    plot.axes_at(&whole((1.0, most)), &y_ticks, "layers cut", name);
-    let point = |step: &Step| (step.dropped.len() as f64, scale.at(step.damage));
-    let mut ends: Vec<(f64, usize)> = Vec::new();
-    for (i, strategy) in compared.iter().enumerate() {
-        plot.line(&look(i), strategy.path.iter().map(point));
-        for step in &strategy.path {
-            let (x, y) = (plot.px(point(step).0), plot.py(point(step).1));
-            let name = strategy.strategy.name();
-            let what =
-                format!("{name}, {} layers: {:.4} ± {:.4}", step.dropped.len(), step.damage, step.stderr);
-            plot.add(&sign(i, x, y, &what));
+    let series = compared.iter().map(|strategy| {
+        let point = |step: &Step| Point {
+            x: step.dropped.len() as f64,
+            y: step.damage,
+            what: format!("{} layers: {:.4} ± {:.4}", step.dropped.len(), step.damage, step.stderr),
+        };
+        Series {
+            name: strategy.strategy.name().to_owned(),
+            points: strategy.path.iter().map(point).collect(),
+            joined: true,
         }
-        if let Some(last) = strategy.path.last() {
-            ends.push((plot.py(point(last).1), i));
-        }
-    }
-    names(&mut plot, compared, ends);
-    plot.figure("strategies", "Damage by layers cut, a line for each strategy")
-}
-
-/// The names of the lines, each as near to its line's end as the others let it.
-fn names(plot: &mut Plot, compared: &[Compared], mut ends: Vec<(f64, usize)>) {
-    const GAP: f64 = 19.0;
-    ends.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    let last = ends.len().saturating_sub(1) as f64;
-    let mut free = TOP + 6.0;
-    for (i, (y, series)) in ends.iter().enumerate() {
-        let below = (last - i as f64) * GAP;
-        let at = y.min(HEIGHT + 40.0 - BOTTOM - below).max(free);
-        free = at + GAP;
-        let x = WIDTH - NAMES;
-        plot.add(&format!(
-            "<line class='leader' x1='{:.1}' x2='{:.1}' y1='{y:.1}' y2='{at:.1}'/>",
-            x + 6.0,
-            x + 16.0
-        ));
-        plot.line_at(&look(*series), (x + 18.0, at), (x + 42.0, at));
-        let strategy = compared[*series].strategy.name();
-        plot.add(&sign(*series, x + 30.0, at, strategy));
-        plot.add(&format!("<text x='{:.1}' y='{:.1}'>{strategy}</text>", x + 47.0, at + 4.0));
-    }
-}
-
-fn look(series: usize) -> String {
-    format!("series c{} d{}", series % COLOURS, series % DASHES)
-}
-
-/// A circle, square, triangle or diamond that tells the series apart without colour.
-fn sign(series: usize, x: f64, y: f64, what: &str) -> String {
-    let outline = match series % SIGNS {
-        0 => "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
-        1 => "m-3.4 -3.4h6.8v6.8h-6.8z",
-        2 => "m0 -4.4l4.4 7.4h-8.8z",
-        _ => "m0 -4.6l4.6 4.6l-4.6 4.6l-4.6 -4.6z",
-    };
-    let colour = series % COLOURS;
-    format!("<path class='sign c{colour}' d='M{x:.1} {y:.1}{outline}'><title>{what}</title></path>")
+    });
+    lines(&series.collect::<Vec<_>>(), ("layers cut", name))
+        .figure("strategies", "Damage by layers cut, a line for each strategy")
 }
 
 /// What the head reads from the stream at every seam: its loss, and how often it is of the whole model's mind.
@@ -239,10 +147,4 @@ pub fn logit_lens(profile: &LayerProfile) -> Figure {
         }
     }
     Figure::stacked(loss, agreement, "logit-lens", "The head, read from the stream at every seam")
-}
-
-/// Round numbers that are whole.
-fn whole(range: (f64, f64)) -> Vec<(f64, String)> {
-    let ticks = ticks(range).into_iter().filter(|t| t.fract() == 0.0);
-    ticks.map(|t| (t, tick_text(t))).collect()
 }

@@ -61,11 +61,11 @@ pub fn escape(text: &str) -> String {
     out
 }
 
-fn put(out: &mut String, piece: &str) {
+pub fn put(out: &mut String, piece: &str) {
     out.push_str(piece);
 }
 
-fn list(out: &mut String, title: &str, items: &[String]) {
+pub fn list(out: &mut String, title: &str, items: &[String]) {
     if items.is_empty() {
         return;
     }
@@ -77,7 +77,7 @@ fn list(out: &mut String, title: &str, items: &[String]) {
 }
 
 /// A table; the first column heads its rows.
-fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
+pub fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
     put(out, "<div class='scroll'><table><thead><tr>");
     for cell in head {
         put(out, &format!("<th scope='col'>{}</th>", escape(cell)));
@@ -400,7 +400,7 @@ fn provenance(out: &mut String, report: &Report) {
     put(out, "</section>");
 }
 
-fn figure(out: &mut String, figure: &Figure, caption: &str) {
+pub fn figure(out: &mut String, figure: &Figure, caption: &str) {
     let svg = figure.inline();
     put(out, &format!("<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption)));
 }
@@ -411,7 +411,7 @@ fn details(out: &mut String, summary: &str, head: &[&str], rows: &[Vec<String>])
     put(out, "</details>");
 }
 
-const STYLE: &str = "
+pub const STYLE: &str = "
 :root{color-scheme:light dark;--ink:#1c1d1f;--soft:#63676d;--paper:#fdfcf9;--rule:#dfdcd4;--accent:#9c3d1f;--leaf:#2f6f4f;--wash:#f4f1e9}
 @media(prefers-color-scheme:dark){:root{--ink:#e9e7e1;--soft:#a3a6ab;--paper:#17181a;--rule:#36383c;--accent:#f0936f;--leaf:#7cc4a0;--wash:#202225}}
 *{box-sizing:border-box}

@@ -2,8 +2,10 @@
 
 mod choice;
 mod html;
+mod lines;
 mod plot;
 mod svg;
+pub mod sweep;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

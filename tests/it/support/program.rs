@@ -64,8 +64,13 @@ impl Bench {
 
     /// `secateur run - --workspace NAME …`, the spec on its standard input.
     pub fn start(&self, spec: &Value, workspace: &str, more: &[&str]) -> Child {
+        self.start_as("run", spec, workspace, more)
+    }
+
+    /// The same of another command.
+    pub fn start_as(&self, command: &str, spec: &Value, workspace: &str, more: &[&str]) -> Child {
         let mut child = Command::new(env!("CARGO_BIN_EXE_secateur"))
-            .args(["run", "-", "--threads", "1", "--workspace"])
+            .args([command, "-", "--threads", "1", "--workspace"])
             .arg(self.path(workspace))
             .args(more)
             .stdin(Stdio::piped())

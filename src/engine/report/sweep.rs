@@ -1,0 +1,160 @@
+//! A sweep as one page: its table and its curves.
+
+use super::html::{STYLE, escape, figure, list, put, table};
+use super::lines::{Point, Series, lines};
+use super::plot::{Figure, STYLE as PLOTS};
+use super::{bytes, svg::runs_text};
+use crate::job::sweep::{Outcome, SweepReport, SweepRow};
+
+/// The whole page.
+pub fn page(report: &SweepReport) -> String {
+    let name = report.spec.name.clone().unwrap_or_else(|| "Sweep".into());
+    let done = report.rows.iter().filter(|row| row.outcome.is_some()).count();
+    let failed = report.rows.iter().filter(|row| row.failure.is_some()).count();
+    let mut out = format!(
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>\
+         <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
+         <style>{STYLE}{PLOTS}</style></head><body><main><header><p class='kicker'>{0}</p>\
+         <h1>{done} of {1} jobs done{2}</h1>",
+        escape(&name),
+        report.rows.len(),
+        if failed > 0 { format!(", {failed} failed") } else { String::new() }
+    );
+    put(
+        &mut out,
+        "<p>All against the base model. Those on the front are beaten by no other one in perplexity, accuracy, size \
+         and latency together.</p></header>",
+    );
+    list(&mut out, "Without a result", &missing(report));
+    put(&mut out, "<section><h2>Side by side</h2>");
+    let (head, rows) = side_by_side(report);
+    table(&mut out, &head, &rows);
+    put(&mut out, "</section><section><h2>What each layer costs</h2>");
+    for (plot, caption) in plots(report) {
+        figure(&mut out, &plot, caption);
+    }
+    put(
+        &mut out,
+        &format!(
+            "</section><footer>secateur {}</footer></main></body></html>\n",
+            escape(&report.secateur_version)
+        ),
+    );
+    out
+}
+
+/// Its heads and rows, for a page or a terminal; what no job has, has no column.
+#[must_use]
+pub fn side_by_side(report: &SweepReport) -> (Vec<&'static str>, Vec<Vec<String>>) {
+    const HEAD: [&str; 9] =
+        ["job", "front", "cut", "share", "perplexity", "accuracy", "decode", "weights", "heal steps"];
+    let rows: Vec<Vec<String>> = report.rows.iter().filter_map(cells).collect();
+    let used = |i: &usize| rows.iter().any(|row| !matches!(row[*i].as_str(), "" | "–" | "0"));
+    let columns: Vec<usize> = (0..HEAD.len()).filter(used).collect();
+    let kept = |row: &Vec<String>| columns.iter().map(|i| row[*i].clone()).collect();
+    (columns.iter().map(|i| HEAD[*i]).collect(), rows.iter().map(kept).collect())
+}
+
+/// What became of the jobs that have no result, in sentences.
+#[must_use]
+pub fn missing(report: &SweepReport) -> Vec<String> {
+    let sentence = |row: &SweepRow| match &row.failure {
+        Some(failure) => Some(format!("{} failed: {}", row.name, failure.message)),
+        None if row.outcome.is_none() => Some(format!("{} has not run yet", row.name)),
+        None => None,
+    };
+    report.rows.iter().filter_map(sentence).collect()
+}
+
+fn cells(row: &SweepRow) -> Option<Vec<String>> {
+    let none = || "–".to_owned();
+    let outcome = row.outcome.as_ref()?;
+    let times = |ratio: Option<f64>| ratio.map_or_else(none, |ratio| format!("×{ratio:.3}"));
+    let accuracy = match (outcome.accuracy_ratio, outcome.accuracy_ratio_stderr) {
+        (Some(ratio), Some(stderr)) => format!("×{ratio:.3} ± {stderr:.3}"),
+        (ratio, _) => times(ratio),
+    };
+    Some(vec![
+        row.name.clone(),
+        if row.on_front { "●".into() } else { String::new() },
+        runs_text(&outcome.dropped),
+        format!("{:.1}\u{a0}%", 100.0 * outcome.rate),
+        times(outcome.perplexity_ratio),
+        accuracy,
+        times(outcome.speedup),
+        bytes(outcome.size_bytes as f64),
+        outcome.heal_steps.to_string(),
+    ])
+}
+
+fn plots(report: &SweepReport) -> Vec<(Figure, &'static str)> {
+    let mut out = Vec::new();
+    let layers = |outcome: &Outcome| outcome.dropped.len() as f64;
+    let perplexity = |outcome: &Outcome| outcome.perplexity_ratio.map(|ratio| ratio - 1.0);
+    let lost = |outcome: &Outcome| outcome.accuracy_ratio.map(|ratio| 1.0 - ratio);
+    let series = by_layers(report, layers, perplexity);
+    if !series.is_empty() {
+        let plot = lines(&series, ("layers cut", "perplexity above the base model's (share)"));
+        out.push((
+            plot.figure("perplexity", "Perplexity by layers cut"),
+            "Perplexity: 0 is the base model's.",
+        ));
+    }
+    let series = by_layers(report, layers, lost);
+    if !series.is_empty() {
+        let plot = lines(&series, ("layers cut", "accuracy lost (share of the base model's)"));
+        out.push((
+            plot.figure("accuracy", "Accuracy lost by layers cut"),
+            "Accuracy: 0 is the base model's.",
+        ));
+    }
+    let series = front(report);
+    if series.iter().any(|series| !series.points.is_empty()) {
+        let plot = lines(&series, ("size of the weights, MB", "perplexity above the base model's (share)"));
+        out.push((
+            plot.figure("front", "Perplexity against size"),
+            "What is bought with size: lower and further left is better.",
+        ));
+    }
+    out
+}
+
+/// A line for each strategy and way of healing.
+fn by_layers(
+    report: &SweepReport,
+    x: impl Fn(&Outcome) -> f64,
+    y: impl Fn(&Outcome) -> Option<f64>,
+) -> Vec<Series> {
+    let mut all: Vec<Series> = Vec::new();
+    for row in &report.rows {
+        let Some((outcome, y)) = row.outcome.as_ref().and_then(|o| Some((o, y(o)?))) else { continue };
+        let strategy = (!report.spec.axes.strategy.is_empty()).then(|| row.strategy.name().to_owned());
+        let parts: Vec<String> = strategy.into_iter().chain(row.heal.clone()).collect();
+        let name = if parts.is_empty() { row.strategy.name().to_owned() } else { parts.join(", ") };
+        let point = Point { x: x(outcome), y, what: format!("{}: {y:.4}", row.name) };
+        match all.iter_mut().find(|series| series.name == name) {
+            Some(series) => series.points.push(point),
+            None => all.push(Series { name, points: vec![point], joined: true }),
+        }
+    }
+    for series in &mut all {
+        series.points.sort_by(|a, b| a.x.total_cmp(&b.x));
+    }
+    all
+}
+
+/// Those that nothing beats, and the others.
+fn front(report: &SweepReport) -> Vec<Series> {
+    let of = |on_front: bool, name: &str| {
+        let rows = report.rows.iter().filter(|row| row.on_front == on_front);
+        let point = |row: &SweepRow| {
+            let outcome = row.outcome.as_ref()?;
+            let y = outcome.perplexity_ratio? - 1.0;
+            Some(Point { x: outcome.size_bytes as f64 / 1e6, y, what: format!("{}: {y:.4}", row.name) })
+        };
+        let mut points: Vec<Point> = rows.filter_map(point).collect();
+        points.sort_by(|a, b| a.x.total_cmp(&b.x));
+        Series { name: name.into(), points, joined: false }
+    };
+    vec![of(true, "front"), of(false, "beaten")]
+}
