@@ -280,7 +280,13 @@ impl<'a> Accuracy<'a> {
         let (tokenizer, config) = (base.tokenizer()?, base.config());
         let (mut requests, mut ends) = (Vec::new(), Vec::new());
         for item in &items {
-            requests.extend(tasks::requests(&tokenizer, config, std::slice::from_ref(item))?);
+            if let Item::GenerateUntil { .. } = item {
+                return Err(Error::data(
+                    "an item of kind generate_until cannot choose layers: it would be written anew for every cut; \
+                     leave such items to eval.tasks",
+                ));
+            }
+            requests.extend(tasks::asked(&tokenizer, config, item)?.requests);
             ends.push(requests.len());
         }
         let decoder = Decoder::open(base, cx.compute)?;
@@ -298,7 +304,7 @@ impl<'a> Accuracy<'a> {
         let cuts = Cuts::plain(sets);
         let scored = likelihoods_without(&self.decoder, requests, cuts, &|| self.cx.check(), tell)?;
         let right = |scored: &Vec<Likelihood>| {
-            let results = tasks::judged(&self.items[..count], scored)?;
+            let results = tasks::judged(&self.items[..count], scored);
             Ok(results.iter().map(|result| f64::from(u8::from(result.correct))).collect())
         };
         scored.iter().map(right).collect()

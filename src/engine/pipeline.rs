@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::damage::{Accuracy, Damage};
-use super::data::{self, Purpose, Wanted, Windows, items};
+use super::data::{self, Purpose, Wanted, Windows, items, overlap};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
@@ -18,7 +18,7 @@ use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
     Ablation, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, StageSummary, Zone,
 };
-use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec};
+use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec, OverlapPolicy};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
@@ -106,8 +106,14 @@ impl Run<'_> {
             cx.note("layers with experts are computed by candle, not by our own kernels, and several times slower");
         }
         let spec = self.local;
-        let some =
-            |seq_len, purpose| Wanted { seq_len, at_most: None, insisted_by: None, purpose, seed: spec.seed };
+        let some = |seq_len, purpose| Wanted {
+            seq_len,
+            stride: None,
+            at_most: None,
+            insisted_by: None,
+            purpose,
+            seed: spec.seed,
+        };
         let heal = spec.heal.iter();
         let heal = heal.map(|method| (method.corpus(), some(self.heal_seq_len(method), Purpose::Heal)));
         let eval = spec.eval.perplexity.iter().map(|c| (c, some(self.eval_seq_len(), Purpose::Eval)));
@@ -122,7 +128,10 @@ impl Run<'_> {
         for task in spec.eval.tasks.iter().chain(&spec.prune.damage.tasks) {
             items::read(&task.items, task.limit)?;
         }
-        Ok(())
+        match spec.eval.overlap {
+            OverlapPolicy::Warn => Ok(()),
+            OverlapPolicy::Refuse => overlap::refuse(&overlap::find(spec, self.base, self.cx(Stage::Eval))?),
+        }
     }
 
     fn profile(&self, workspace: &Workspace, model_digest: &str) -> Result<Recorded<LayerProfile>> {
@@ -312,6 +321,7 @@ impl Run<'_> {
             let mut windows = |corpus: &Corpus, seq_len: usize, count: usize| {
                 let wanted = Wanted {
                     seq_len,
+                    stride: None,
                     at_most: Some(count),
                     insisted_by: None,
                     purpose: Purpose::Heal,
@@ -352,6 +362,7 @@ impl Run<'_> {
             "seed": self.local.seed,
             "spec": spec,
             "names": names,
+            "healed_on": self.healing_texts()?,
         });
         workspace.once(cx, &inputs, |_| {
             let place = |c: &CheckpointRef| workspace.dir().join(&c.path);
@@ -361,10 +372,17 @@ impl Run<'_> {
                 healed: healed.map(place),
             };
             let part = workspace.part(ITEMS)?;
-            let report = eval::evaluate(&checkpoints, &self.local.eval, self.local.seed, &part, cx)?;
+            let mut report = eval::evaluate(&checkpoints, &self.local.eval, self.local.seed, &part, cx)?;
+            report.overlap = overlap::find(self.local, self.base, cx)?;
             workspace.publish(&part, ITEMS)?;
             Ok((report, vec![ITEMS.to_owned()]))
         })
+    }
+
+    /// Name and content of every text that is healed on.
+    fn healing_texts(&self) -> Result<Vec<(String, String)>> {
+        let corpora = self.local.heal.iter().map(HealMethod::corpus);
+        corpora.map(|corpus| Ok((data::label(corpus), data::digest(corpus)?))).collect()
     }
 
     fn report(&self, workspace: &Workspace, findings: Findings, stages: &[StageSummary]) -> Result<Report> {
@@ -400,6 +418,7 @@ impl Run<'_> {
         let spec = &self.local.calibration;
         Wanted {
             seq_len: self.calibration_seq_len(),
+            stride: None,
             at_most: Some(spec.samples as usize),
             insisted_by: spec.insists_on_samples().then_some("calibration.samples"),
             purpose: Purpose::Calibration,
@@ -411,6 +430,7 @@ impl Run<'_> {
         let spec = &self.local.prune.damage;
         Wanted {
             seq_len: self.damage_seq_len(),
+            stride: None,
             at_most: Some(spec.samples as usize),
             insisted_by: spec.insists_on_samples().then_some("prune.damage.samples"),
             purpose: Purpose::Calibration,

@@ -119,7 +119,7 @@ mod tests {
             "eval": {
                 "perplexity": [{"from": "text", "text": "words"}, {"from": "path", "path": "x.txt"}],
                 "tasks": [{"task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3}],
-                "speed": false, "seq_len": 32
+                "speed": false, "seq_len": 32, "stride": 16, "overlap": "refuse"
             },
             "export": {"dtype": "f16"}
         })

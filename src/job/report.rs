@@ -337,15 +337,43 @@ pub struct Perplexity {
 }
 
 /// Accuracy of one checkpoint on one task.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TaskScore {
     pub task: String,
+    /// Share of right answers; of those that are written, by `exact_match.strict`.
     pub acc: f64,
     /// Accuracy by log-likelihood per character; absent where choices have no length of their own.
     pub acc_norm: Option<f64>,
     /// Standard error of `acc`.
     pub stderr: f64,
     pub n: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acc_norm_stderr: Option<f64>,
+    /// Of answers that the model writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exact_match: Option<ExactMatch>,
+    /// `exp` of the mean negative log-likelihood of a continuation, where the items are such (LAMBADA).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    /// Accuracy that guessing gives.
+    #[serde(default)]
+    pub chance: f64,
+    /// Items that stand in the file once more; they count each time.
+    #[serde(default)]
+    pub duplicates: u64,
+    /// Items whose context is longer than the model can take: cut from the left.
+    #[serde(default)]
+    pub truncated: u64,
+}
+
+/// Share of written answers that are right, as `exact_match` of the task `gsm8k` of lm-evaluation-harness.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ExactMatch {
+    /// The number behind the first "####" is the answer.
+    pub strict: f64,
+    /// The last number is the answer.
+    pub flexible: f64,
+    pub flexible_stderr: f64,
 }
 
 /// How fast one checkpoint runs on this device.
@@ -380,6 +408,22 @@ pub struct EvalReport {
     pub pruned: Scores,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub healed: Option<Scores>,
+    /// What healing texts have in common with what was measured on; only where there is something.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overlap: Vec<Overlap>,
+}
+
+/// How much of what judges a checkpoint it may have learned by heart while it was healed: 13 words in a row count, in
+/// any case and punctuation (Brown et al., arXiv 2005.14165, appendix C).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Overlap {
+    /// The task or text that is measured on.
+    pub measured: String,
+    /// The healing text.
+    pub healed_on: String,
+    /// Of a task items, of a text runs of 13 words.
+    pub common: u64,
+    pub total: u64,
 }
 
 /// How long a stage took and whether an earlier record served.

@@ -201,6 +201,9 @@ impl JobSpec {
 
     fn check_eval(&self, out: &mut Complaints) {
         out.range("/eval/seq_len", self.eval.seq_len, 2, MAX_SEQ_LEN);
+        if let Some(stride) = self.eval.stride {
+            out.range("/eval/stride", stride, 1, self.eval.seq_len);
+        }
         for (i, corpus) in self.eval.perplexity.iter().enumerate() {
             let at = format!("/eval/perplexity/{i}");
             check_corpus(corpus, &at, out);

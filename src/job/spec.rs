@@ -232,11 +232,36 @@ pub struct EvalSpec {
     pub speed: bool,
     /// Tokens per perplexity window (at most what the model can take).
     pub seq_len: u32,
+    /// Tokens from one perplexity window to the next: with less than `seq_len` every token but the first of a text
+    /// is scored once, with at least `seq_len - stride` tokens before it, the first window apart. Windows stand side
+    /// by side when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stride: Option<u32>,
+    /// What to do when healing texts hold 13 words in a row of what is measured on.
+    pub overlap: OverlapPolicy,
+}
+
+/// What becomes of a job that would be judged by what it was healed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OverlapPolicy {
+    /// The report says how much overlaps.
+    #[default]
+    Warn,
+    /// The job ends before anything is computed.
+    Refuse,
 }
 
 impl Default for EvalSpec {
     fn default() -> Self {
-        Self { perplexity: vec![Corpus::default()], tasks: Vec::new(), speed: true, seq_len: 1024 }
+        Self {
+            perplexity: vec![Corpus::default()],
+            tasks: Vec::new(),
+            speed: true,
+            seq_len: 1024,
+            stride: None,
+            overlap: OverlapPolicy::default(),
+        }
     }
 }
 

@@ -31,6 +31,8 @@ mod examples;
 #[cfg(all(feature = "engine", feature = "hub"))]
 mod fetch;
 #[cfg(feature = "engine")]
+mod generation;
+#[cfg(feature = "engine")]
 mod heal;
 #[cfg(feature = "engine")]
 mod heal_stage;

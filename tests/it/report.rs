@@ -36,6 +36,7 @@ fn scores(layers: u32, perplexity: f64, acc: f64) -> Scores {
             acc_norm: Some(acc + 0.02),
             stderr: 0.021,
             n: 500,
+            ..TaskScore::default()
         }],
         speed: Some(Speed {
             prefill_tokens_per_s: 18_000.0 / f64::from(layers),
@@ -131,6 +132,7 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
             base: scores(30, 18.7, 0.412),
             pruned: scores(24, 57.1, 0.371),
             healed: heal.then(|| scores(24, 24.9, 0.395)),
+            overlap: Vec::new(),
         },
         files: [("pruned/config.json".to_owned(), "ef".repeat(32))].into(),
     }

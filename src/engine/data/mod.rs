@@ -2,6 +2,7 @@
 
 pub mod corpus;
 pub mod items;
+pub mod overlap;
 pub mod windows;
 
 pub use corpus::{digest, label};

@@ -1,6 +1,7 @@
 //! What a checkpoint is worth, measured on its written files. Two primitives
 //! carry every score: the log-likelihood of a continuation and of a whole window.
 
+pub mod exact_match;
 pub mod loglikelihood;
 pub mod memory;
 pub mod perplexity;
@@ -48,11 +49,18 @@ impl Material {
             .iter()
             .map(|task| Ok(Task { name: task.task.clone(), items: items::read(&task.items, task.limit)? }));
         let tasks = tasks.collect::<Result<_>>()?;
-        let seq_len = (spec.seq_len as usize).min(base.config().max_position_embeddings);
-        let texts = spec.perplexity.iter().map(|corpus| {
-            let wanted = Wanted { seq_len, at_most: None, insisted_by: None, purpose: Purpose::Eval, seed };
-            Ok(Text { corpus: label(corpus), windows: windows(corpus, &wanted, base, cx)? })
-        });
+        let wanted = Wanted {
+            seq_len: (spec.seq_len as usize).min(base.config().max_position_embeddings),
+            stride: spec.stride.map(|stride| stride as usize),
+            at_most: None,
+            insisted_by: None,
+            purpose: Purpose::Eval,
+            seed,
+        };
+        let texts = spec
+            .perplexity
+            .iter()
+            .map(|corpus| Ok(Text { corpus: label(corpus), windows: windows(corpus, &wanted, base, cx)? }));
         Ok(Self { tasks, texts: texts.collect::<Result<_>>()?, speed: spec.speed })
     }
 }
@@ -77,6 +85,7 @@ pub fn evaluate(
             Some(dir) => Some(measure("healed", dir, &material, items_dir, cx)?),
             None => None,
         },
+        overlap: Vec::new(),
     })
 }
 
@@ -93,7 +102,7 @@ pub fn measure(which: &str, dir: &Path, material: &Material, items_dir: &Path, c
     for task in &material.tasks {
         let results = tasks::answer(&decoder, &checkpoint.tokenizer()?, which, &task.name, &task.items, cx)?;
         tasks::write(&items_dir.join(tasks::file_name(which, &task.name)), &results)?;
-        tasks.push(tasks::score(&task.name, &results));
+        tasks.push(tasks::score(&task.name, &task.items, &results));
     }
     let speed = if material.speed { Some(speed::measure(&decoder, which, cx)?) } else { None };
     Ok(Scores {

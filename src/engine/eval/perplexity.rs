@@ -1,4 +1,4 @@
-//! Rolling perplexity: every token of a window after the first is scored.
+//! Rolling perplexity: every token of a window after the first is scored, and none twice.
 
 use super::finite;
 use super::loglikelihood::{Request, likelihoods};
@@ -15,11 +15,12 @@ pub fn measure(
     windows: &Windows,
     cx: Cx,
 ) -> Result<Perplexity> {
-    let requests: Vec<_> = windows.ids.iter().map(|ids| Request { tokens: ids.clone(), from: 1 }).collect();
+    let request = |(ids, from): (&Vec<u32>, &usize)| Request { tokens: ids.clone(), from: *from };
+    let requests: Vec<Request> = windows.ids.iter().zip(&windows.from).map(request).collect();
     let scored = likelihoods(decoder, &requests, &format!("{which}: {corpus}"), cx)?;
     let nll = -scored.iter().map(|s| s.log_likelihood).sum::<f64>();
     let nll = finite(nll, which, corpus)?;
-    let tokens: u64 = requests.iter().map(|r| r.tokens.len() as u64 - 1).sum();
+    let tokens: u64 = requests.iter().map(|r| (r.tokens.len() - r.from) as u64).sum();
     let nll_per_token = nll / tokens as f64;
     Ok(Perplexity {
         corpus: corpus.to_owned(),

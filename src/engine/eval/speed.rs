@@ -46,7 +46,7 @@ fn likeliest(
     tokens: &[u32],
     cache: &mut crate::engine::model::cache::KvCache,
 ) -> Result<u32> {
-    let x = decoder.step(&Batch::of(&[tokens]), cache)?;
+    let x = decoder.step(&Batch::of(&[tokens]), &[0], cache)?;
     let logits = decoder.logits(&x.narrow(0, tokens.len() - 1, 1)?)?;
     let best: Vec<u32> = logits.argmax(1)?.to_vec1()?;
     best.first().copied().ok_or_else(|| Error::bug("no logits"))

@@ -11,7 +11,8 @@ use std::fmt::Write;
 pub use html::page;
 
 use crate::job::report::{
-    Block, CheckpointRef, Compared, EvalReport, HealReport, LayerProfile, LayerSelection, Report, Scores,
+    Block, CheckpointRef, Compared, EvalReport, HealReport, LayerProfile, LayerSelection, Overlap, Report,
+    Scores, TaskScore,
 };
 use crate::job::spec::{Corpus, JobSpec, Strategy, TaskSpec};
 
@@ -118,6 +119,14 @@ pub fn comparison(eval: &EvalReport) -> Vec<Row> {
         rows.push(accuracy(&all, i, &task.task, false));
         if task.acc_norm.is_some() {
             rows.push(accuracy(&all, i, &task.task, true));
+        }
+        if task.exact_match.is_some() {
+            let of = |s: &Scores| s.tasks.get(i).and_then(|t| t.exact_match).map(|e| e.flexible);
+            rows.push(row(format!("last number right, {}", task.task), &|v| format!("{v:.3}"), &of));
+        }
+        if task.perplexity.is_some() {
+            let of = |s: &Scores| s.tasks.get(i).and_then(|t| t.perplexity);
+            rows.push(row(format!("perplexity, {}", task.task), &|v| format!("{v:.2}"), &of));
         }
     }
     if all.iter().any(|s| s.speed.is_some()) {
@@ -248,12 +257,37 @@ fn remarks(found: &Findings) -> Vec<String> {
             100.0 * t.stderr
         ));
     }
+    out.extend(remarks_on_items(&found.eval));
     let share = base.embedding_parameters as f64 / base.parameters.max(1) as f64;
     if share > 0.15 {
         out.push(format!(
             "{:.0} % of the base model's parameters are embedding and head, which cutting layers cannot shrink.",
             100.0 * share
         ));
+    }
+    out
+}
+
+/// What a person should know of what was measured on.
+fn remarks_on_items(eval: &EvalReport) -> Vec<String> {
+    let mut out = Vec::new();
+    for Overlap { measured, healed_on, common, total } in &eval.overlap {
+        out.push(format!(
+            "{common} of the {total} items or passages of {measured} have 13 words in a row in common with the healing \
+             text {healed_on}, which flatters the healed model."
+        ));
+    }
+    for task in &eval.base.tasks {
+        let TaskScore { task, n, duplicates, truncated, .. } = task;
+        if *duplicates > 0 {
+            out.push(format!("{duplicates} of the {n} items of {task} stand in its file more than once."));
+        }
+        if *truncated > 0 {
+            out.push(format!(
+                "The context of {truncated} of the {n} items of {task} is longer than the model can take and was cut \
+                 from the left."
+            ));
+        }
     }
     out
 }
