@@ -10,15 +10,16 @@ use super::data::{self, Purpose, Wanted, Windows, items, overlap};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
-use super::report::{Findings, page, plots};
+use super::report::{Findings, card, page, plots};
 use super::select::{Measured, Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
 use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
-    Ablation, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, StageSummary, Zone,
+    Ablation, CheckpointRef, Decision, EvalReport, FailureKind, HealReport, LayerProfile, LayerSelection,
+    Report, StageSummary, Zone,
 };
-use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec, OverlapPolicy};
+use crate::job::spec::{Corpus, DamageSpec, Gates, HealMethod, JobSpec, OnReject, OverlapPolicy};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
@@ -85,7 +86,9 @@ impl Run<'_> {
             eval: eval.value,
             files: pruned.files.into_iter().chain(heal.files).collect(),
         };
-        self.report(workspace, findings, &stages).map(Some)
+        let report = self.report(workspace, findings, &stages)?;
+        self.accept(&report).map_err(|e| e.at(Stage::Report))?;
+        Ok(Some(report))
     }
 
     /// All that can be known to be wrong before anything is computed.
@@ -117,10 +120,17 @@ impl Run<'_> {
         let heal = spec.heal.iter();
         let heal = heal.map(|method| (method.corpus(), some(self.heal_seq_len(method), Purpose::Heal)));
         let eval = spec.eval.perplexity.iter().map(|c| (c, some(self.eval_seq_len(), Purpose::Eval)));
+        let generation = spec.eval.generation.iter();
+        let prompts = generation.filter_map(|g| {
+            let len = (g.prompt_tokens as usize).min(self.base.config().max_position_embeddings);
+            Some((g.prompts.as_ref()?, some(len, Purpose::Eval)))
+        });
         let measured = spec.prune.measures_damage() || spec.calibration.ablation;
         let damage = measured.then(|| (self.damage_corpus(), self.damage_wanted()));
         let calibration = (&spec.calibration.corpus, self.calibration_wanted());
-        for (corpus, wanted) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
+        for (corpus, wanted) in
+            std::iter::once(calibration).chain(damage).chain(heal).chain(eval).chain(prompts)
+        {
             if !matches!(corpus, Corpus::Model { .. }) {
                 data::windows(corpus, &wanted.to_check(), self.base, self.cx(Stage::Profile))?;
             }
@@ -354,6 +364,13 @@ impl Run<'_> {
             names.push(data::label(corpus));
             *corpus = by_content(corpus)?;
         }
+        if let Some(prompts) = spec.generation.as_mut().and_then(|generation| generation.prompts.as_mut()) {
+            *prompts = by_content(prompts)?;
+        }
+        // Gates judge what was measured and change nothing of it, but for how sure intervals are to be.
+        spec.gates = Gates { confidence: spec.gates.confidence, ..Gates::default() };
+        spec.tasks.iter_mut().for_each(|task| task.min_retention = None);
+        (spec.on_reject, spec.overlap) = Default::default();
         let inputs = json!({
             "model": model_digest,
             "pruned": pruned.digest,
@@ -385,6 +402,21 @@ impl Run<'_> {
         corpora.map(|corpus| Ok((data::label(corpus), data::digest(corpus)?))).collect()
     }
 
+    /// Fails a job whose result is rejected, where it is to; all its files are written by now.
+    fn accept(&self, report: &Report) -> Result<()> {
+        match (self.local.eval.on_reject, &report.verdict) {
+            (OnReject::Fail, Some(verdict)) if verdict.decision == Decision::Reject => Err(Error::new(
+                FailureKind::Rejected,
+                format!(
+                    "the {} checkpoint is rejected, and eval.on_reject is \"fail\": {}",
+                    verdict.checkpoint,
+                    verdict.reasons.join(" ")
+                ),
+            )),
+            (OnReject::Fail | OnReject::Report, _) => Ok(()),
+        }
+    }
+
     fn report(&self, workspace: &Workspace, findings: Findings, stages: &[StageSummary]) -> Result<Report> {
         let cx = self.cx(Stage::Report);
         let report = findings.report();
@@ -395,7 +427,10 @@ impl Run<'_> {
                 write_atomic(&part.join(name), svg.as_bytes())?;
             }
             workspace.publish(&part, PLOTS)?;
-            Ok((report.clone(), vec!["report.html".to_owned(), PLOTS.to_owned()]))
+            let shipped = healed_or_pruned(&report);
+            let card_path = format!("{}/README.md", shipped.path);
+            write_atomic(&workspace.dir().join(&card_path), card(&report).as_bytes())?;
+            Ok((report.clone(), vec!["report.html".to_owned(), PLOTS.to_owned(), card_path]))
         })?;
         Ok(recorded.value)
     }
@@ -460,6 +495,11 @@ impl Run<'_> {
     fn dropped_at_most(&self) -> u32 {
         self.local.prune.layers_to_drop(self.base.config().layer_count as u32).unwrap_or(1)
     }
+}
+
+/// The checkpoint to ship.
+fn healed_or_pruned(report: &Report) -> &CheckpointRef {
+    report.heal.iter().rev().find_map(|heal| heal.checkpoint.as_ref()).unwrap_or(&report.pruned)
 }
 
 /// A corpus by what it holds, not by where it lies.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+pub use super::eval::{EvalSpec, Gates, GenerationSpec, OnReject, OverlapPolicy, TaskSpec};
 pub use super::heal::{BaseBits, HealMethod, LeastSquaresSpec, QloraSpec, RescaleSpec, Schedule};
 pub use super::prune::{DamageMeasure, DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
 
@@ -63,6 +64,8 @@ impl JobSpec {
         let texts = self.eval.perplexity.iter_mut().enumerate();
         all.extend(texts.map(|(i, corpus)| (format!("/eval/perplexity/{i}"), corpus)));
         all.extend(items_of(&mut self.eval.tasks, "/eval/tasks"));
+        let prompts = self.eval.generation.as_mut().and_then(|generation| generation.prompts.as_mut());
+        all.extend(prompts.map(|corpus| ("/eval/generation/prompts".to_string(), corpus)));
         all
     }
 }
@@ -219,63 +222,6 @@ pub enum Distance {
     Angular,
     /// 1 − cos, in `[0, 2]`.
     Cosine,
-}
-
-/// What base, pruned and healed checkpoint are measured on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct EvalSpec {
-    /// Texts for perplexity; by default held-out text the base model writes itself.
-    pub perplexity: Vec<Corpus>,
-    pub tasks: Vec<TaskSpec>,
-    /// Measure prefill and decode speed.
-    pub speed: bool,
-    /// Tokens per perplexity window (at most what the model can take).
-    pub seq_len: u32,
-    /// Tokens from one perplexity window to the next: with less than `seq_len` every token but the first of a text
-    /// is scored once, with at least `seq_len - stride` tokens before it, the first window apart. Windows stand side
-    /// by side when absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub stride: Option<u32>,
-    /// What to do when healing texts hold 13 words in a row of what is measured on.
-    pub overlap: OverlapPolicy,
-}
-
-/// What becomes of a job that would be judged by what it was healed on.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum OverlapPolicy {
-    /// The report says how much overlaps.
-    #[default]
-    Warn,
-    /// The job ends before anything is computed.
-    Refuse,
-}
-
-impl Default for EvalSpec {
-    fn default() -> Self {
-        Self {
-            perplexity: vec![Corpus::default()],
-            tasks: Vec::new(),
-            speed: true,
-            seq_len: 1024,
-            stride: None,
-            overlap: OverlapPolicy::default(),
-        }
-    }
-}
-
-/// One task: evaluation items under a name.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TaskSpec {
-    /// The name the score appears under.
-    pub task: String,
-    /// JSONL of evaluation items.
-    pub items: Corpus,
-    /// Use only this many items from the start.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub limit: Option<u32>,
 }
 
 /// How the result leaves the house.

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use secateur::engine::eval::exact_match::matches;
+use secateur::engine::eval::likeness::{bleu, chrf, rouge_l};
 use secateur::engine::model::generate::{Prompt, continue_text, ends_at_end_token, go_on};
 use secateur::engine::model::{Decoder, Memory};
 use serde_json::Value;
@@ -19,7 +20,7 @@ fn golden() -> Value {
 /// More prompts than go through the model together, of lengths from 1 to 40 and with as unlike ends.
 fn prompts() -> Vec<Prompt> {
     let prompt = |(i, window): (usize, Vec<u32>)| Prompt {
-        tokens: window[..1 + i * 7 % 40].to_vec(),
+        tokens: window[..=i * 7 % 40].to_vec(),
         most: i % 11,
         temperature: if i % 3 == 0 { 1.0 } else { 0.0 },
         seed: i as u64,
@@ -77,4 +78,18 @@ fn an_answer_without_a_number_is_compared_as_it_is_written() {
     assert_eq!(matches("Paris", " Paris\n"), (true, true));
     assert_eq!(matches("The  Hague", "the Hague."), (false, true));
     assert_eq!(matches("Paris", "Paris, 1900"), (false, false));
+}
+
+#[test]
+fn texts_are_as_like_as_sacrebleu_and_rouge_score_say() {
+    for case in golden()["texts"].as_array().unwrap() {
+        let pair =
+            |pair: &Value| (pair[0].as_str().unwrap().to_owned(), pair[1].as_str().unwrap().to_owned());
+        let pairs: Vec<(String, String)> = case["pairs"].as_array().unwrap().iter().map(pair).collect();
+        let pairs: Vec<(&str, &str)> = pairs.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+        for (name, found) in [("bleu", bleu(&pairs)), ("chrf", chrf(&pairs)), ("rouge_l", rouge_l(&pairs))] {
+            let expected = case[name].as_f64().unwrap();
+            assert!((found - expected).abs() < 1e-9, "{name} of {}: {found}, not {expected}", case["name"]);
+        }
+    }
 }

@@ -65,6 +65,8 @@ mod support;
 mod tidy;
 #[cfg(feature = "engine")]
 mod tiny;
+#[cfg(feature = "engine")]
+mod verdict;
 #[cfg(feature = "service")]
 mod worker;
 #[cfg(feature = "engine")]

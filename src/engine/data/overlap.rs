@@ -44,7 +44,7 @@ pub fn find(spec: &JobSpec, base: &Checkpoint, cx: Cx) -> Result<Vec<Overlap>> {
             measured.iter().flat_map(|m| m.runs.iter().flatten().copied()).collect();
         let mut found = HashSet::new();
         each_text(corpus, base, cx, |text| {
-            found.extend(Runs::of(text).filter(|run| looked_for.contains(run)))
+            found.extend(Runs::of(text).filter(|run| looked_for.contains(run)));
         })?;
         for Measured { name, runs } in &measured {
             let common = runs.iter().filter(|runs| runs.iter().any(|run| found.contains(run))).count() as u64;

@@ -114,8 +114,8 @@ pub fn go_on(
     loop {
         let going: usize = texts.iter().flatten().count();
         let mut rows = going;
-        for slot in 0..slots {
-            let Some(next) = waiting.front().copied().filter(|_| texts[slot].is_none()) else { continue };
+        for (slot, free) in texts.iter_mut().enumerate().filter(|(_, text)| text.is_none()) {
+            let Some(next) = waiting.front().copied() else { break };
             // A prompt is read whole, with what the others go on by, as far as a batch takes that.
             rows += prompts[next].tokens.len();
             if rows > decoder.rows_at_once() && rows > prompts[next].tokens.len() {
@@ -123,7 +123,7 @@ pub fn go_on(
             }
             waiting.pop_front();
             cache.read[slot] = 0;
-            texts[slot] = Some(Text::begin(next, &prompts[next]));
+            *free = Some(Text::begin(next, &prompts[next]));
         }
         let mut going: Vec<(usize, &mut Text)> =
             texts.iter_mut().enumerate().filter_map(|(slot, text)| Some((slot, text.as_mut()?))).collect();

@@ -1,18 +1,25 @@
 //! The result in words, in a table, as JSON and as a page.
 
+mod beside;
+mod card;
 mod choice;
+mod evaluation;
 mod html;
 mod plot;
 mod svg;
+mod verdict;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+pub use beside::side_by_side;
+pub use card::card;
 pub use html::page;
+pub use verdict::judge;
 
 use crate::job::report::{
-    Block, CheckpointRef, Compared, EvalReport, HealReport, LayerProfile, LayerSelection, Overlap, Report,
-    Scores, TaskScore,
+    Block, CheckpointRef, Compared, EvalReport, Generation, HealReport, LayerProfile, LayerSelection,
+    Overlap, Report, Scores, TaskScore,
 };
 use crate::job::spec::{Corpus, JobSpec, Strategy, TaskSpec};
 
@@ -32,7 +39,7 @@ pub struct Findings {
 impl Findings {
     /// The whole result, remarks included.
     pub fn report(self) -> Report {
-        let remarks = remarks(&self);
+        let (remarks, verdict) = (remarks(&self), judge(&self.eval, &self.spec.eval));
         Report {
             secateur_version: env!("CARGO_PKG_VERSION").into(),
             spec: self.spec,
@@ -42,6 +49,7 @@ impl Findings {
             pruned: self.pruned,
             heal: self.heal,
             eval: self.eval,
+            verdict: Some(verdict),
             remarks,
             files: self.files,
         }
@@ -92,16 +100,7 @@ pub fn columns(eval: &EvalReport) -> Vec<&'static str> {
 pub fn comparison(eval: &EvalReport) -> Vec<Row> {
     let all = scores(eval);
     let row = |label: String, text: &dyn Fn(f64) -> String, value: &dyn Fn(&Scores) -> Option<f64>| {
-        let base = value(all[0]);
-        let cell = |(i, s): (usize, &&Scores)| {
-            let found = value(s);
-            let ratio = match (found, base) {
-                (Some(v), Some(b)) if i > 0 && b != 0.0 => Some(v / b),
-                _ => None,
-            };
-            Cell { text: found.map_or("–".into(), text), ratio }
-        };
-        Row { label, cells: all.iter().enumerate().map(cell).collect() }
+        row(&all, label, text, value)
     };
     let mut rows = vec![
         row("layers".into(), &|v| format!("{v:.0}"), &|s| Some(f64::from(s.layer_count))),
@@ -113,7 +112,11 @@ pub fn comparison(eval: &EvalReport) -> Vec<Row> {
     ];
     for (i, p) in eval.base.perplexity.iter().enumerate() {
         let label = format!("perplexity, {}", p.corpus);
-        rows.push(row(label, &|v| format!("{v:.2}"), &|s| s.perplexity.get(i).map(|p| p.value)));
+        rows.push(with_error(
+            row(label, &|v| format!("{v:.2}"), &|s| s.perplexity.get(i).map(|p| p.value)),
+            &all,
+            i,
+        ));
     }
     for (i, task) in eval.base.tasks.iter().enumerate() {
         rows.push(accuracy(&all, i, &task.task, false));
@@ -137,9 +140,68 @@ pub fn comparison(eval: &EvalReport) -> Vec<Row> {
         rows.push(speed("prefill, tokens/s", |s| s.prefill_tokens_per_s));
         rows.push(speed("decode, tokens/s", |s| s.decode_tokens_per_s));
         rows.push(speed("latency, ms per token", |s| s.latency_ms));
+        rows.push(speed("first token, ms", |s| s.first_token_ms));
     }
-    rows.push(row("peak memory".into(), &bytes, &|s| Some(s.peak_memory_bytes as f64)));
+    if all.iter().any(|s| s.flops_per_token > 0) {
+        rows.push(row("operations per token".into(), &amount, &|s| Some(s.flops_per_token as f64)));
+    }
+    rows.extend(written_rows(&all));
+    if all.iter().any(|s| s.peak_memory_bytes > 0) {
+        rows.push(row("peak memory".into(), &bytes, &|s| Some(s.peak_memory_bytes as f64)));
+    }
     rows
+}
+
+/// A row whose cells come from `value`, said by `text`, with their ratios to the base model's.
+fn row(
+    all: &[&Scores],
+    label: String,
+    text: &dyn Fn(f64) -> String,
+    value: &dyn Fn(&Scores) -> Option<f64>,
+) -> Row {
+    let base = value(all[0]);
+    let cell = |(i, s): (usize, &&Scores)| {
+        let found = value(s);
+        let ratio = match (found, base) {
+            (Some(v), Some(b)) if i > 0 && b != 0.0 => Some(v / b),
+            _ => None,
+        };
+        Cell { text: found.map_or("–".into(), text), ratio }
+    };
+    Row { label, cells: all.iter().enumerate().map(cell).collect() }
+}
+
+/// What is known of the written texts.
+fn written_rows(all: &[&Scores]) -> Vec<Row> {
+    if all.iter().all(|s| s.generation.is_none()) {
+        return Vec::new();
+    }
+    let written = |label: &str, digits: usize, value: &dyn Fn(&Generation) -> Option<f64>| {
+        let text = move |v: f64| format!("{v:.digits$}");
+        let mut row = row(all, label.into(), &text, &|s| s.generation.as_ref().and_then(value));
+        // What is best at 0, or a likeness already, has no ratio worth telling.
+        row.cells.iter_mut().for_each(|cell| cell.ratio = None);
+        row
+    };
+    vec![
+        written("broken texts, share", 2, &|g| Some(g.broken)),
+        written("repetition in texts", 2, &|g| Some(g.repetition)),
+        written("surprise of the base model, nats", 2, &|g| Some(g.surprise)),
+        written("BLEU with base texts", 1, &|g| g.likeness.map(|l| l.bleu)),
+        written("chrF with base texts", 1, &|g| g.likeness.map(|l| l.chrf)),
+        written("ROUGE-L with base texts", 3, &|g| g.likeness.map(|l| l.rouge_l)),
+        written("similarity to base texts", 3, &|g| g.likeness.map(|l| l.similarity)),
+    ]
+}
+
+/// The row with the standard errors of perplexity `i`, where they are known.
+fn with_error(mut row: Row, all: &[&Scores], i: usize) -> Row {
+    for (cell, scores) in row.cells.iter_mut().zip(all) {
+        if let Some(p) = scores.perplexity.get(i).filter(|p| p.stderr > 0.0) {
+            write!(cell.text, " ± {:.2}", p.stderr).expect("a text takes all. This is a bug.");
+        }
+    }
+    row
 }
 
 fn accuracy(all: &[&Scores], task: usize, name: &str, by_length: bool) -> Row {
@@ -166,7 +228,7 @@ fn shipped(eval: &EvalReport) -> &Scores {
 }
 
 /// The result in a few sentences, the first one on its own.
-pub fn verdict(report: &Report) -> Vec<String> {
+pub fn summary(report: &Report) -> Vec<String> {
     let (base, out) = (&report.eval.base, shipped(&report.eval));
     let smaller = 100.0 * (1.0 - out.parameters as f64 / base.parameters.max(1) as f64);
     let mut said = vec![format!(
