@@ -29,7 +29,7 @@ const REPETITIVE: f64 = 0.5;
 /// three of ten texts, without two of its layers in six, and never more than nine tenths of the way).
 const CIRCLING: f64 = 0.9;
 /// How far on the way from the base texts' surprise to that of tokens drawn blindly a text is no longer sense: without
-/// two of SmolLM2-135M's layers none of 32 is there, without ten every second one.
+/// two of SmolLM2-135M's layers none of 32 sampled ones is there, without ten every third one.
 const NONSENSE: f64 = 0.25;
 /// Share of letters of a strange script from which on a text has drifted.
 const STRANGE: f64 = 0.3;
