@@ -150,11 +150,12 @@ fn greedy<'a>(checkpoint: &'a Checkpoint, compute: &'a Compute, apart: bool) -> 
 fn decode(checkpoint: &Checkpoint, compute: &Compute, batch: usize) -> Work<'static> {
     let decoder = Decoder::open(checkpoint, compute).unwrap();
     let tokens = Batch::of(&vec![&[0][..]; batch]);
+    let slots: Vec<usize> = (0..batch).collect();
     let run = move || {
         let mut cache = decoder.cache(batch, DECODED).unwrap();
         let mut logits = None;
         for _ in 0..DECODED {
-            let x = decoder.step(&tokens, &mut cache).unwrap();
+            let x = decoder.step(&tokens, &slots, &mut cache).unwrap();
             logits = Some(decoder.logits(&x).unwrap());
         }
         f64::from(logits.unwrap().max_all().unwrap().to_scalar::<f32>().unwrap())

@@ -37,8 +37,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let decoder = Decoder::open(&checkpoint, &Compute::cpu(Some(Rounding::Once)))?;
     let encoded = tokenizer.encode(args.prompt.as_str(), true).map_err(|e| anyhow!("the prompt: {e}"))?;
     let prompt = encoded.get_ids();
-    let written =
-        generate::continue_text(&decoder, prompt, args.tokens, args.temperature, args.seed, |_| {})?;
+    let written = generate::continue_text(&decoder, prompt, args.tokens, args.temperature, args.seed)?;
     // Decoded together with the prompt: a byte-level tokenizer may split a letter over two tokens.
     let all: Vec<u32> = prompt.iter().chain(&written).copied().collect();
     let text = tokenizer.decode(&all, true).map_err(|e| anyhow!("the tokens written: {e}"))?;

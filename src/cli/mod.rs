@@ -7,6 +7,8 @@ use clap::{Parser, Subcommand};
 #[cfg(feature = "service")]
 mod api;
 #[cfg(feature = "engine")]
+mod compare;
+#[cfg(feature = "engine")]
 mod generate;
 mod inspect;
 #[cfg(feature = "service")]
@@ -65,6 +67,9 @@ enum Command {
     Inspect(inspect::Args),
     /// List the model families and what each supports.
     Models(models::Args),
+    /// Put the results of several runs side by side.
+    #[cfg(feature = "engine")]
+    Compare(compare::Args),
     /// Let a checkpoint write a few words.
     #[cfg(feature = "engine")]
     Generate(generate::Args),
@@ -93,6 +98,8 @@ pub fn main() -> ExitCode {
         Command::Prune(args) => prune::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Models(args) => models::run(args),
+        #[cfg(feature = "engine")]
+        Command::Compare(args) => compare::run(args),
         #[cfg(feature = "engine")]
         Command::Generate(args) => generate::run(args),
         #[cfg(feature = "service")]

@@ -273,6 +273,9 @@ fn print_summary(report: &Report, workspace: &Path) {
     for remark in &report.remarks {
         writeln!(out, "\n! {remark}").ok();
     }
+    if let Some(verdict) = &report.verdict {
+        writeln!(out, "\nverdict     {} ({})", verdict.decision.name(), verdict.reasons.join(" ")).ok();
+    }
     let healed = report.heal.iter().any(|h| h.checkpoint.is_some());
     let checkpoint = workspace.join(if healed { "healed" } else { &report.pruned.path });
     writeln!(out, "\ncheckpoint  {}", checkpoint.display()).ok();

@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use super::data::items::Item;
 use super::eval::loglikelihood::{Likelihood, Request, likelihoods_without, walk};
 use super::eval::tasks;
+use super::eval::uncertainty::ratio;
 use super::model::cuts::Cuts;
 use super::model::kernel::rows::likeliest;
 use super::model::{Checkpoint, Decoder};
@@ -164,14 +165,9 @@ impl Predicted {
     }
 }
 
-/// Damage and its standard error from what each window lost, of so many tokens (or items) each. Windows may differ
-/// in length, so the mean is a ratio of two sums and its error that of one (Cochran, Sampling Techniques, ch. 6);
-/// where they do not, it is that of the mean of their differences.
+/// Damage and its standard error from what each window lost, of so many tokens (or items) each.
 fn over_windows(lost: &[f64], tokens: &[f64]) -> Measured {
-    let (count, all) = (lost.len() as f64, tokens.iter().sum::<f64>());
-    let damage = lost.iter().sum::<f64>() / all;
-    let squares: f64 = lost.iter().zip(tokens).map(|(lost, tokens)| (lost - damage * tokens).powi(2)).sum();
-    let stderr = if count > 1.0 { (squares * count / (count - 1.0)).sqrt() / all } else { 0.0 };
+    let (damage, stderr) = ratio(lost, tokens);
     Measured { damage, stderr }
 }
 
@@ -280,7 +276,13 @@ impl<'a> Accuracy<'a> {
         let (tokenizer, config) = (base.tokenizer()?, base.config());
         let (mut requests, mut ends) = (Vec::new(), Vec::new());
         for item in &items {
-            requests.extend(tasks::requests(&tokenizer, config, std::slice::from_ref(item))?);
+            if let Item::GenerateUntil { .. } = item {
+                return Err(Error::data(
+                    "an item of kind generate_until cannot choose layers: it would be written anew for every cut; \
+                     leave such items to eval.tasks",
+                ));
+            }
+            requests.extend(tasks::asked(&tokenizer, config, item)?.requests);
             ends.push(requests.len());
         }
         let decoder = Decoder::open(base, cx.compute)?;
@@ -298,7 +300,7 @@ impl<'a> Accuracy<'a> {
         let cuts = Cuts::plain(sets);
         let scored = likelihoods_without(&self.decoder, requests, cuts, &|| self.cx.check(), tell)?;
         let right = |scored: &Vec<Likelihood>| {
-            let results = tasks::judged(&self.items[..count], scored)?;
+            let results = tasks::judged(&self.items[..count], scored);
             Ok(results.iter().map(|result| f64::from(u8::from(result.correct))).collect())
         };
         scored.iter().map(right).collect()
@@ -327,22 +329,5 @@ impl Oracle for Accuracy<'_> {
         self.intact.insert(windows, intact);
         let items = vec![1.0; windows];
         Ok(lost.iter().map(|lost| over_windows(lost, &items)).collect())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_windows_weigh_more_and_what_is_the_same_everywhere_is_certain() {
-        let same = over_windows(&[0.5, 1.5, 0.25], &[10.0, 30.0, 5.0]);
-        assert!((same.damage - 0.05).abs() < 1e-12 && same.stderr < 1e-12, "{same:?}");
-        // Damages 0.1 and 0.3 per token, the latter on three times as many.
-        let uneven = over_windows(&[1.0, 9.0], &[10.0, 30.0]);
-        assert!((uneven.damage - 0.25).abs() < 1e-12, "{uneven:?}");
-        // Residuals 1 - 2.5 and 9 - 7.5: the root of (1.5² + 1.5²) · 2, over 40 tokens.
-        assert!((uneven.stderr - 3.0 / 40.0).abs() < 1e-12, "{uneven:?}");
-        assert!(over_windows(&[1.0], &[10.0]).stderr.abs() < 1e-12);
     }
 }

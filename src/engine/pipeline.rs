@@ -6,19 +6,20 @@ use std::path::Path;
 use serde_json::json;
 
 use super::damage::{Accuracy, Damage};
-use super::data::{self, Purpose, Wanted, Windows, items};
+use super::data::{self, Purpose, Wanted, Windows, items, overlap};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
-use super::report::{Findings, page, plots};
+use super::report::{Findings, card, page, plots};
 use super::select::{Measured, Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
 use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
-    Ablation, CheckpointRef, EvalReport, HealReport, LayerProfile, LayerSelection, Report, StageSummary, Zone,
+    Ablation, CheckpointRef, Decision, EvalReport, FailureKind, HealReport, LayerProfile, LayerSelection,
+    Report, StageSummary, Zone,
 };
-use crate::job::spec::{Corpus, DamageSpec, HealMethod, JobSpec, Share};
+use crate::job::spec::{Corpus, DamageSpec, Gates, HealMethod, JobSpec, OnReject, OverlapPolicy, Share};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
@@ -85,7 +86,9 @@ impl Run<'_> {
             eval: eval.value,
             files: pruned.files.into_iter().chain(heal.files).collect(),
         };
-        self.report(workspace, findings, &stages).map(Some)
+        let report = self.report(workspace, findings, &stages)?;
+        self.accept(&report).map_err(|e| e.at(Stage::Report))?;
+        Ok(Some(report))
     }
 
     /// All that can be known to be wrong before anything is computed.
@@ -106,15 +109,28 @@ impl Run<'_> {
             cx.note("layers with experts are computed by candle, not by our own kernels, and several times slower");
         }
         let spec = self.local;
-        let some =
-            |seq_len, purpose| Wanted { seq_len, at_most: None, insisted_by: None, purpose, seed: spec.seed };
+        let some = |seq_len, purpose| Wanted {
+            seq_len,
+            stride: None,
+            at_most: None,
+            insisted_by: None,
+            purpose,
+            seed: spec.seed,
+        };
         let heal = spec.heal.iter();
         let heal = heal.map(|method| (method.corpus(), some(self.heal_seq_len(method), Purpose::Heal)));
         let eval = spec.eval.perplexity.iter().map(|c| (c, some(self.eval_seq_len(), Purpose::Eval)));
+        let generation = spec.eval.generation.iter();
+        let prompts = generation.filter_map(|g| {
+            let len = (g.prompt_tokens as usize).min(self.base.config().max_position_embeddings);
+            Some((g.prompts.as_ref()?, some(len, Purpose::Eval)))
+        });
         let measured = spec.prune.measures_damage() || spec.calibration.ablation;
         let damage = measured.then(|| (self.damage_corpus(), self.damage_wanted()));
         let calibration = (&spec.calibration.corpus, self.calibration_wanted());
-        for (corpus, wanted) in std::iter::once(calibration).chain(damage).chain(heal).chain(eval) {
+        for (corpus, wanted) in
+            std::iter::once(calibration).chain(damage).chain(heal).chain(eval).chain(prompts)
+        {
             let mixed = matches!(corpus, Corpus::Mix { .. });
             let wanted = if mixed { Wanted { insisted_by: None, ..wanted } } else { wanted };
             for text in corpus.texts() {
@@ -126,7 +142,10 @@ impl Run<'_> {
         for task in spec.eval.tasks.iter().chain(&spec.prune.damage.tasks) {
             items::read(&task.items, task.limit)?;
         }
-        Ok(())
+        match spec.eval.overlap {
+            OverlapPolicy::Warn => Ok(()),
+            OverlapPolicy::Refuse => overlap::refuse(&overlap::find(spec, self.base, self.cx(Stage::Eval))?),
+        }
     }
 
     fn profile(&self, workspace: &Workspace, model_digest: &str) -> Result<Recorded<LayerProfile>> {
@@ -319,6 +338,7 @@ impl Run<'_> {
             let mut windows = |corpus: &Corpus, seq_len: usize, count: usize| {
                 let wanted = Wanted {
                     seq_len,
+                    stride: None,
                     at_most: Some(count),
                     insisted_by: None,
                     purpose: Purpose::Heal,
@@ -351,6 +371,13 @@ impl Run<'_> {
             names.push(data::label(corpus));
             *corpus = by_content(corpus)?;
         }
+        if let Some(prompts) = spec.generation.as_mut().and_then(|generation| generation.prompts.as_mut()) {
+            *prompts = by_content(prompts)?;
+        }
+        // Gates judge what was measured and change nothing of it, but for how sure intervals are to be.
+        spec.gates = Gates { confidence: spec.gates.confidence, ..Gates::default() };
+        spec.tasks.iter_mut().for_each(|task| task.min_retention = None);
+        (spec.on_reject, spec.overlap) = Default::default();
         let inputs = json!({
             "model": model_digest,
             "pruned": pruned.digest,
@@ -359,6 +386,7 @@ impl Run<'_> {
             "seed": self.local.seed,
             "spec": spec,
             "names": names,
+            "healed_on": self.healing_texts()?,
         });
         workspace.once(cx, &inputs, |_| {
             let place = |c: &CheckpointRef| workspace.dir().join(&c.path);
@@ -368,10 +396,32 @@ impl Run<'_> {
                 healed: healed.map(place),
             };
             let part = workspace.part(ITEMS)?;
-            let report = eval::evaluate(&checkpoints, &self.local.eval, self.local.seed, &part, cx)?;
+            let mut report = eval::evaluate(&checkpoints, &self.local.eval, self.local.seed, &part, cx)?;
+            report.overlap = overlap::find(self.local, self.base, cx)?;
             workspace.publish(&part, ITEMS)?;
             Ok((report, vec![ITEMS.to_owned()]))
         })
+    }
+
+    /// Name and content of every text that is healed on.
+    fn healing_texts(&self) -> Result<Vec<(String, String)>> {
+        let corpora = self.local.heal.iter().map(HealMethod::corpus);
+        corpora.map(|corpus| Ok((data::label(corpus), data::digest(corpus)?))).collect()
+    }
+
+    /// Fails a job whose result is rejected, where it is to; all its files are written by now.
+    fn accept(&self, report: &Report) -> Result<()> {
+        match (self.local.eval.on_reject, &report.verdict) {
+            (OnReject::Fail, Some(verdict)) if verdict.decision == Decision::Reject => Err(Error::new(
+                FailureKind::Rejected,
+                format!(
+                    "the {} checkpoint is rejected, and eval.on_reject is \"fail\": {}",
+                    verdict.checkpoint,
+                    verdict.reasons.join(" ")
+                ),
+            )),
+            (OnReject::Fail | OnReject::Report, _) => Ok(()),
+        }
     }
 
     fn report(&self, workspace: &Workspace, findings: Findings, stages: &[StageSummary]) -> Result<Report> {
@@ -384,7 +434,10 @@ impl Run<'_> {
                 write_atomic(&part.join(name), svg.as_bytes())?;
             }
             workspace.publish(&part, PLOTS)?;
-            Ok((report.clone(), vec!["report.html".to_owned(), PLOTS.to_owned()]))
+            let shipped = healed_or_pruned(&report);
+            let card_path = format!("{}/README.md", shipped.path);
+            write_atomic(&workspace.dir().join(&card_path), card(&report).as_bytes())?;
+            Ok((report.clone(), vec!["report.html".to_owned(), PLOTS.to_owned(), card_path]))
         })?;
         Ok(recorded.value)
     }
@@ -407,6 +460,7 @@ impl Run<'_> {
         let spec = &self.local.calibration;
         Wanted {
             seq_len: self.calibration_seq_len(),
+            stride: None,
             at_most: Some(spec.samples as usize),
             insisted_by: spec.insists_on_samples().then_some("calibration.samples"),
             purpose: Purpose::Calibration,
@@ -418,6 +472,7 @@ impl Run<'_> {
         let spec = &self.local.prune.damage;
         Wanted {
             seq_len: self.damage_seq_len(),
+            stride: None,
             at_most: Some(spec.samples as usize),
             insisted_by: spec.insists_on_samples().then_some("prune.damage.samples"),
             purpose: Purpose::Calibration,
@@ -447,6 +502,11 @@ impl Run<'_> {
     fn dropped_at_most(&self) -> u32 {
         self.local.prune.layers_to_drop(self.base.config().layer_count as u32).unwrap_or(1)
     }
+}
+
+/// The checkpoint to ship.
+fn healed_or_pruned(report: &Report) -> &CheckpointRef {
+    report.heal.iter().rev().find_map(|heal| heal.checkpoint.as_ref()).unwrap_or(&report.pruned)
 }
 
 /// A corpus by what it holds, not by where it lies.

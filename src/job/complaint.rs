@@ -70,7 +70,8 @@ fn explains(shape: &str, rule: &str) -> bool {
         |a: &str, b: &str| b.strip_prefix(a).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     // What may be said of amount, layers and tasks hangs on the strategies.
     let strategy = shape == "/prune/strategy" || below("/prune/compare", shape);
-    below(shape, rule) || below(rule, shape) || strategy && below("/prune", rule)
+    let seq_len = shape == "/eval/seq_len" && rule == "/eval/stride";
+    below(shape, rule) || below(rule, shape) || strategy && below("/prune", rule) || seq_len
 }
 
 fn parse(value: &Value) -> Result<JobSpec, Complaint> {
@@ -127,8 +128,18 @@ mod tests {
             "compare_heals": true,
             "eval": {
                 "perplexity": [{"from": "text", "text": "words"}, {"from": "path", "path": "x.txt"}],
-                "tasks": [{"task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3}],
-                "speed": false, "seq_len": 32
+                "tasks": [{
+                    "task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3, "min_retention": 0.7
+                }],
+                "speed": false, "seq_len": 32, "stride": 16, "overlap": "refuse", "on_reject": "fail",
+                "generation": {
+                    "prompts": {"from": "text", "text": "words"}, "samples": 8, "prompt_tokens": 8, "tokens": 16,
+                    "temperature": 0.5
+                },
+                "gates": {
+                    "min_retention": 0.9, "max_perplexity_ratio": 1.5, "min_speedup": 1.1, "max_size_bytes": 500,
+                    "max_broken": 0.1, "confidence": 0.9
+                }
             },
             "export": {"dtype": "f16"}
         })
@@ -254,6 +265,9 @@ mod tests {
             "/eval/perplexity/1",
             "/eval/tasks/0",
             "/eval/tasks/0/items",
+            "/eval/generation",
+            "/eval/generation/prompts",
+            "/eval/gates",
             "/export",
         ];
         for at in objects {

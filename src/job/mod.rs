@@ -5,12 +5,14 @@
 //! engine all use these very types; there are no twins to keep in step.
 
 pub mod complaint;
+pub mod eval;
 pub mod heal;
 pub mod preset;
 pub mod progress;
 pub mod prune;
 pub mod report;
 pub mod rules;
+pub mod scores;
 pub mod shape;
 pub mod spec;
 pub mod state;

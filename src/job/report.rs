@@ -8,6 +8,10 @@ use utoipa::ToSchema;
 
 use super::heal::HealSettings;
 use super::progress::Stage;
+pub use super::scores::{
+    Comparison, Decision, Estimate, EvalReport, ExactMatch, Flaw, Generation, Likeness, Overlap, Perplexity,
+    PerplexityChange, Scores, Speed, TaskChange, TaskScore, Verdict, WrittenText,
+};
 use super::spec::{JobSpec, Strategy, TokenPosition, Zones};
 
 /// A run of layers `start..start + len`, counted from 0.
@@ -327,68 +331,6 @@ pub struct Repaired {
     pub error_after: f64,
 }
 
-/// Perplexity of one checkpoint on one corpus.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Perplexity {
-    pub corpus: String,
-    /// `exp(nll_per_token)`.
-    pub value: f64,
-    /// Mean negative log-likelihood per scored token, in nats.
-    pub nll_per_token: f64,
-    /// The paper's normalised loss: `nll_per_token / ln(vocab_size)`.
-    pub nll_over_ln_vocab: f64,
-    /// `exp(total nll / words of the scored text)`.
-    pub word_perplexity: f64,
-    /// Scored tokens.
-    pub tokens: u64,
-}
-
-/// Accuracy of one checkpoint on one task.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct TaskScore {
-    pub task: String,
-    pub acc: f64,
-    /// Accuracy by log-likelihood per character; absent where choices have no length of their own.
-    pub acc_norm: Option<f64>,
-    /// Standard error of `acc`.
-    pub stderr: f64,
-    pub n: u64,
-}
-
-/// How fast one checkpoint runs on this device.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Speed {
-    pub prefill_tokens_per_s: f64,
-    pub decode_tokens_per_s: f64,
-    /// Time per decoded token, one sequence at a time.
-    pub latency_ms: f64,
-}
-
-/// All that was measured of one checkpoint, on its written files.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Scores {
-    pub layer_count: u32,
-    pub parameters: u64,
-    /// Bytes of the weight files.
-    pub size_bytes: u64,
-    /// Parameters of embedding and head: what cutting layers cannot shrink.
-    pub embedding_parameters: u64,
-    pub perplexity: Vec<Perplexity>,
-    pub tasks: Vec<TaskScore>,
-    pub speed: Option<Speed>,
-    /// Peak resident memory of the process while this checkpoint was measured.
-    pub peak_memory_bytes: u64,
-}
-
-/// `eval.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct EvalReport {
-    pub base: Scores,
-    pub pruned: Scores,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub healed: Option<Scores>,
-}
-
 /// How long a stage took and whether an earlier record served.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct StageSummary {
@@ -409,6 +351,9 @@ pub struct Report {
     pub pruned: CheckpointRef,
     pub heal: Vec<HealReport>,
     pub eval: EvalReport,
+    /// Absent in reports of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Verdict>,
     /// Sentences a person should read before using the result.
     pub remarks: Vec<String>,
     /// sha256 of every file of the shipped checkpoints, by path in the workspace.
@@ -441,6 +386,8 @@ pub enum FailureKind {
     Device,
     /// Disk or object store failed or is full.
     Storage,
+    /// The result does not pass the gates, and the spec wants the job to fail then (`eval.on_reject`).
+    Rejected,
     /// The process that ran the attempt died without a word.
     Crash,
     /// Too many attempts ended without a result.
@@ -456,9 +403,13 @@ impl FailureKind {
     pub const fn retryable(self) -> bool {
         match self {
             Self::Device | Self::Storage | Self::Crash => true,
-            Self::Spec | Self::Model | Self::Data | Self::OutOfMemory | Self::AttemptsSpent | Self::Bug => {
-                false
-            }
+            Self::Spec
+            | Self::Model
+            | Self::Data
+            | Self::OutOfMemory
+            | Self::Rejected
+            | Self::AttemptsSpent
+            | Self::Bug => false,
         }
     }
 }

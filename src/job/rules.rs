@@ -3,8 +3,8 @@
 use super::complaint::Complaint;
 use super::preset::ModelFacts;
 use super::spec::{
-    CalibrationSpec, Corpus, DamageSpec, HealMethod, JobSpec, ModelSource, PruneAmount, QloraSpec, Share,
-    Strategy, TaskSpec, TrainingSpec,
+    CalibrationSpec, Corpus, DamageSpec, Gates, GenerationSpec, HealMethod, JobSpec, ModelSource,
+    PruneAmount, QloraSpec, Share, Strategy, TaskSpec, TrainingSpec,
 };
 
 /// Longest window and largest counts accepted: beyond any model in the field,
@@ -230,6 +230,9 @@ impl JobSpec {
 
     fn check_eval(&self, out: &mut Complaints) {
         out.range("/eval/seq_len", self.eval.seq_len, 2, MAX_SEQ_LEN);
+        if let Some(stride) = self.eval.stride {
+            out.range("/eval/stride", stride, 1, self.eval.seq_len);
+        }
         for (i, corpus) in self.eval.perplexity.iter().enumerate() {
             let at = format!("/eval/perplexity/{i}");
             check_corpus(corpus, &at, out);
@@ -239,6 +242,10 @@ impl JobSpec {
             self.check_leak(corpus, &at, out);
         }
         check_tasks(&self.eval.tasks, "/eval/tasks", out);
+        if let Some(generation) = &self.eval.generation {
+            check_generation(generation, out);
+        }
+        check_gates(&self.eval.gates, out);
     }
 
     /// Healing on the text that judges the healing would flatter it.
@@ -310,6 +317,34 @@ fn check_damage(d: &DamageSpec, out: &mut Complaints) {
     check_tasks(&d.tasks, &at("tasks"), out);
 }
 
+fn check_generation(g: &GenerationSpec, out: &mut Complaints) {
+    const AT: &str = "/eval/generation";
+    if let Some(prompts) = &g.prompts {
+        check_corpus(prompts, &format!("{AT}/prompts"), out);
+    }
+    out.range(&format!("{AT}/samples"), g.samples, 1, 4096);
+    out.range(&format!("{AT}/prompt_tokens"), g.prompt_tokens, 2, MAX_SEQ_LEN);
+    out.range(&format!("{AT}/tokens"), g.tokens, 1, MAX_SEQ_LEN);
+    out.positive(&format!("{AT}/temperature"), Some(g.temperature), 100.0);
+}
+
+fn check_gates(g: &Gates, out: &mut Complaints) {
+    const AT: &str = "/eval/gates";
+    for (name, limit, most) in [
+        ("min_retention", g.min_retention, 10.0),
+        ("max_perplexity_ratio", g.max_perplexity_ratio, 1e9),
+        ("min_speedup", g.min_speedup, 1e3),
+    ] {
+        out.positive(&format!("{AT}/{name}"), limit, most);
+    }
+    if g.max_broken.is_some_and(|share| !(0.0..=1.0).contains(&share)) {
+        out.add(&format!("{AT}/max_broken"), "must be from 0 to 1");
+    }
+    if !(g.confidence >= 0.5 && g.confidence < 1.0) {
+        out.add(&format!("{AT}/confidence"), "must be at least 0.5 and less than 1, e.g. 0.95");
+    }
+}
+
 fn check_tasks(tasks: &[TaskSpec], at: &str, out: &mut Complaints) {
     for (i, task) in tasks.iter().enumerate() {
         let at = format!("{at}/{i}");
@@ -319,6 +354,7 @@ fn check_tasks(tasks: &[TaskSpec], at: &str, out: &mut Complaints) {
         if tasks[..i].iter().any(|t| t.task == task.task) {
             out.add(&format!("{at}/task"), format!("`{}` is there already; names must differ", task.task));
         }
+        out.positive(&format!("{at}/min_retention"), task.min_retention, 10.0);
         if task.limit == Some(0) {
             out.add(&format!("{at}/limit"), "must be at least 1");
         }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+pub use super::eval::{EvalSpec, Gates, GenerationSpec, OnReject, OverlapPolicy, TaskSpec};
 pub use super::heal::{
     FullSpec, HealMethod, LeastSquaresSpec, PartialSpec, QloraSpec, ReconstructSpec, RescaleSpec,
 };
@@ -72,6 +73,8 @@ impl JobSpec {
         let texts = self.eval.perplexity.iter_mut().enumerate();
         all.extend(texts.map(|(i, corpus)| (format!("/eval/perplexity/{i}"), corpus)));
         all.extend(items_of(&mut self.eval.tasks, "/eval/tasks"));
+        let prompts = self.eval.generation.as_mut().and_then(|generation| generation.prompts.as_mut());
+        all.extend(prompts.map(|corpus| ("/eval/generation/prompts".to_string(), corpus)));
         all
     }
 }
@@ -275,38 +278,6 @@ pub enum Distance {
     Angular,
     /// 1 − cos, in `[0, 2]`.
     Cosine,
-}
-
-/// What base, pruned and healed checkpoint are measured on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct EvalSpec {
-    /// Texts for perplexity; by default held-out text the base model writes itself.
-    pub perplexity: Vec<Corpus>,
-    pub tasks: Vec<TaskSpec>,
-    /// Measure prefill and decode speed.
-    pub speed: bool,
-    /// Tokens per perplexity window (at most what the model can take).
-    pub seq_len: u32,
-}
-
-impl Default for EvalSpec {
-    fn default() -> Self {
-        Self { perplexity: vec![Corpus::default()], tasks: Vec::new(), speed: true, seq_len: 1024 }
-    }
-}
-
-/// One task: evaluation items under a name.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct TaskSpec {
-    /// The name the score appears under.
-    pub task: String,
-    /// JSONL of evaluation items.
-    pub items: Corpus,
-    /// Use only this many items from the start.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub limit: Option<u32>,
 }
 
 /// How the result leaves the house.

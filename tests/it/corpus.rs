@@ -9,10 +9,12 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use secateur::engine::data::items::{self, Item};
-use secateur::engine::data::{Purpose, Wanted, Windows, digest, windows};
+use secateur::engine::data::{Purpose, Wanted, Windows, digest, overlap, windows};
 use secateur::engine::model::Checkpoint;
 use secateur::job::progress::{Event, Stage};
-use secateur::job::spec::Corpus;
+use secateur::job::report::Overlap;
+use secateur::job::spec::{Corpus, JobSpec};
+use serde_json::json;
 
 use crate::support::rig::Rig;
 use crate::support::tiny::Tiny;
@@ -36,7 +38,14 @@ impl Desk {
     }
 
     fn read(&self, corpus: &Corpus, seq_len: usize, at_most: Option<usize>) -> Result<Windows, String> {
-        let wanted = Wanted { seq_len, at_most, insisted_by: None, purpose: Purpose::Calibration, seed: 1 };
+        let wanted = Wanted {
+            seq_len,
+            stride: None,
+            at_most,
+            insisted_by: None,
+            purpose: Purpose::Calibration,
+            seed: 1,
+        };
         windows(corpus, &wanted, &self.base, self.rig.cx(Stage::Profile)).map_err(|e| e.to_string())
     }
 
@@ -124,7 +133,7 @@ fn a_model_writes_another_text_for_every_purpose_and_the_same_for_the_same_seed(
     // Its logits are flat: one whose every token is certain writes one text only.
     let desk = Desk { base: rig.base(&Tiny::mistral()), rig };
     let write = |purpose, seed| {
-        let wanted = Wanted { seq_len: 24, at_most: Some(2), insisted_by: None, purpose, seed };
+        let wanted = Wanted { seq_len: 24, stride: None, at_most: Some(2), insisted_by: None, purpose, seed };
         windows(&Corpus::Model { tokens: None }, &wanted, &desk.base, desk.rig.cx(Stage::Eval)).unwrap().ids
     };
     let heal = write(Purpose::Heal, 1);
@@ -192,10 +201,62 @@ fn items_are_read_with_their_kinds_and_refused_with_their_lines() {
         ),
         ("{\"kind\": \"context_choice\", \"contexts\": [\"a\", \"b\"], \"gold\": 0}", "continuation"),
         ("{\"kind\": \"riddle\"}", "riddle"),
-        ("{\"kind\": \"generate_until\", \"context\": \"c\", \"answer\": \"1\"}", "generate_until"),
+        ("{\"kind\": \"generate_until\", \"context\": \"c\", \"until\": []}", "missing field `answer`"),
+        (
+            "{\"kind\": \"generate_until\", \"context\": \"c\", \"answer\": \"1\", \"until\": 3}",
+            "a list of texts",
+        ),
+        (
+            "{\"kind\": \"generate_until\", \"context\": \"c\", \"answer\": \"1\", \"max_gen_toks\": 0}",
+            "`max_gen_toks` must be at least 1",
+        ),
         ("not json", "line 1"),
     ] {
         let error = items::read(&desk.file("bad.jsonl", row), None).unwrap_err().to_string();
         assert!(error.contains("bad.jsonl, line 1") && error.contains(words), "{error}");
     }
+}
+
+#[test]
+fn words_that_healing_and_measuring_have_in_common_are_counted_and_refused_on_request() {
+    let desk = Desk::new();
+    let secret = "the old gardener cut every second branch of the tall pear tree before spring came";
+    let other = "nobody who lives in this long street has ever asked why the lamps burn at noon";
+    let row = |context: &str| {
+        json!({"kind": "loglikelihood", "context": context, "continuation": "again"}).to_string() + "\n"
+    };
+    let items = desk.file("items.jsonl", row(&format!("He said {secret}")) + &row(other) + &row("short"));
+    // Case, punctuation and line ends do not hide it.
+    let heard = secret.to_uppercase().replace(' ', ",\n");
+    let heal = desk.file("heal.txt", format!("Something else comes first. {heard}. And then more."));
+    let ids: Vec<u32> = bytes(other);
+    let rows = desk.file("rows.jsonl", json!({"input_ids": ids}).to_string());
+    let spec = |heal: &[&Corpus], text: &str| {
+        let heal: Vec<_> = heal.iter().map(|c| json!({"method": "qlora", "corpus": c})).collect();
+        let spec = json!({
+            "model": {"from": "path", "path": "m"}, "prune": {"amount": {"layers": 1}}, "heal": heal,
+            "eval": {"perplexity": [{"from": "text", "text": text}], "tasks": [{"task": "t", "items": items}]}
+        });
+        JobSpec::read(spec).unwrap()
+    };
+    let find = |spec: &JobSpec| overlap::find(spec, &desk.base, desk.rig.cx(Stage::Eval)).unwrap();
+    let told = |found: Vec<Overlap>| -> Vec<_> {
+        found.into_iter().map(|o| (o.measured, o.healed_on, o.common, o.total)).collect()
+    };
+    let found = find(&spec(&[&heal, &rows, &heal], &format!("Now {other} and {secret}")));
+    assert_eq!(overlap::refuse(&[]).map_err(|e| e.to_string()), Ok(()));
+    let refused = overlap::refuse(&found).unwrap_err().to_string();
+    assert!(refused.contains("heal.txt holds 13 words in a row of 1 of the 3 items"), "{refused}");
+    let at = |a: &str, b: &str, common, total| (a.to_owned(), b.to_owned(), common, total);
+    // 33 words are 21 runs of 13; the secret has 15 words, so 3 runs, the other text 16, so 4.
+    let expected = [
+        at("t", "heal.txt", 1, 3),
+        at("text", "heal.txt", 3, 21),
+        at("t", "rows.jsonl", 1, 3),
+        at("text", "rows.jsonl", 4, 21),
+    ];
+    assert_eq!(told(found), expected);
+    assert!(find(&spec(&[&Corpus::Model { tokens: None }], secret)).is_empty());
+    let twelve = secret.split_whitespace().take(12).collect::<Vec<_>>().join(" ");
+    assert!(told(find(&spec(&[&desk.file("few.txt", twelve)], "none of it"))).is_empty());
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use secateur::engine::eval::loglikelihood::{Request, likelihoods};
 use secateur::engine::eval::tasks::ItemResult;
 use secateur::engine::eval::{Checkpoints, evaluate};
+use secateur::engine::model::generate::continue_text;
 use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::job::progress::Stage;
 use secateur::job::report::EvalReport;
@@ -63,8 +64,9 @@ impl Desk {
     /// Scores of `rows` as task `t` on both checkpoints, and the base's item results.
     fn task(&self, rows: &[&str]) -> (EvalReport, Vec<ItemResult>) {
         let items = Corpus::Text { text: rows.join("\n") };
-        let tasks = vec![TaskSpec { task: "a/t".into(), items, limit: None }];
-        let spec = EvalSpec { perplexity: Vec::new(), tasks, speed: false, seq_len: 64 };
+        let tasks = vec![TaskSpec { task: "a/t".into(), items, limit: None, min_retention: None }];
+        let spec =
+            EvalSpec { perplexity: Vec::new(), tasks, speed: false, seq_len: 64, ..EvalSpec::default() };
         let report = self.evaluate(&spec).unwrap();
         let lines = fs::read_to_string(self.rig.path("eval_items/base-a_t.jsonl")).unwrap();
         (report, lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect())
@@ -93,6 +95,7 @@ fn perplexity_scores_every_token_of_a_window_after_the_first() {
         tasks: Vec::new(),
         speed: false,
         seq_len: 16,
+        ..EvalSpec::default()
     };
     let report = desk.evaluate(&spec).unwrap();
     let decoder = desk.base();
@@ -112,7 +115,7 @@ fn perplexity_scores_every_token_of_a_window_after_the_first() {
 fn windows_are_never_longer_than_the_model_can_take() {
     let desk = Desk::new();
     let text = Corpus::Text { text: "x".repeat(600) };
-    let spec = EvalSpec { perplexity: vec![text], tasks: Vec::new(), speed: true, seq_len: 1024 };
+    let spec = EvalSpec { perplexity: vec![text], tasks: Vec::new(), speed: true, ..EvalSpec::default() };
     let report = desk.evaluate(&spec).unwrap();
     assert_eq!(report.base.perplexity[0].tokens, 2 * 255);
     let speed = report.base.speed.unwrap();
@@ -176,8 +179,7 @@ fn a_continuation_the_model_would_write_is_greedy_and_another_is_not() {
     let desk = Desk::new();
     let decoder = desk.base();
     let prompt = bytes("abc");
-    let written =
-        secateur::engine::model::generate::continue_text(&decoder, &prompt, 4, 0.0, 0, |_| {}).unwrap();
+    let written = secateur::engine::model::generate::continue_text(&decoder, &prompt, 4, 0.0, 0).unwrap();
     let mut tokens = [prompt, written].concat();
     assert!(tokens.len() > 3, "the model says nothing here");
     let request = |tokens: &[u32]| Request { tokens: tokens.to_vec(), from: 3 };
@@ -207,7 +209,88 @@ fn a_loss_that_is_not_finite_names_the_checkpoint() {
         }
     });
     let text = Corpus::Text { text: "some text to be scored".into() };
-    let spec = EvalSpec { perplexity: vec![text], tasks: Vec::new(), speed: false, seq_len: 8 };
+    let spec = EvalSpec {
+        perplexity: vec![text],
+        tasks: Vec::new(),
+        speed: false,
+        seq_len: 8,
+        ..EvalSpec::default()
+    };
     let error = desk.evaluate(&spec).unwrap_err();
     assert!(error.contains("pruned checkpoint") && error.contains("not finite"), "{error}");
+}
+
+#[test]
+fn a_stride_scores_every_token_once_with_what_the_window_has_before_it() {
+    let desk = Desk::new();
+    let text = "Fifty bytes of text, and windows that lie so close";
+    assert_eq!(text.len(), 50);
+    let perplexity = vec![Corpus::Text { text: text.into() }];
+    let spec = EvalSpec { perplexity, speed: false, seq_len: 20, stride: Some(8), ..EvalSpec::default() };
+    let report = desk.evaluate(&spec).unwrap();
+    let (decoder, tokens) = (desk.base(), bytes(text));
+    // Windows from 0, 8, 16, 24, and the last one, which ends with the text.
+    let windows = [(0, 20, 1), (8, 28, 12), (16, 36, 12), (24, 44, 12), (32, 50, 12)];
+    let nll: f64 = windows.iter().map(|(a, b, from)| -by_hand(&decoder, &tokens[*a..*b], *from).0).sum();
+    let p = &report.base.perplexity[0];
+    assert_eq!(p.tokens, 49);
+    assert_near(p.nll_per_token, nll / 49.0);
+    assert_near(p.word_perplexity.ln(), nll / text.split_whitespace().count() as f64);
+}
+
+#[test]
+fn the_perplexity_of_last_words_is_that_of_an_item() {
+    let desk = Desk::new();
+    let row =
+        |word| format!("{{\"kind\":\"loglikelihood\",\"context\":\"the\",\"continuation\":\"{word}\"}}");
+    let (report, items) = desk.task(&[&row("end"), &row("beginning")]);
+    let sum: f64 = items.iter().map(|i| i.log_likelihoods[0]).sum();
+    assert_near(report.base.tasks[0].perplexity.unwrap().ln(), -sum / 2.0);
+}
+
+#[test]
+fn items_that_stand_twice_or_are_too_long_are_counted() {
+    let desk = Desk::new();
+    let long = "x".repeat(400);
+    let row = |context: &str| {
+        format!(
+            "{{\"kind\":\"multiple_choice\",\"context\":\"{context}\",\"choices\":[\"a\",\"b\"],\"gold\":0}}"
+        )
+    };
+    let (report, items) = desk.task(&[&row("c"), &row(&long), &row("c"), &row("d"), &row("c")]);
+    let score = &report.base.tasks[0];
+    assert_eq!((score.n, score.duplicates, score.truncated), (5, 2, 1));
+    assert_eq!(items.iter().map(|i| i.truncated).collect::<Vec<_>>(), [false, true, false, false, false]);
+    // The end of the context stays: so many tokens as the model reads, and the one that is scored.
+    let kept = bytes(&format!("{} a", "x".repeat(255)));
+    assert_near(items[1].log_likelihoods[0], by_hand(&desk.base(), &kept, 255).0);
+    assert_near(score.chance, 0.5);
+}
+
+#[test]
+fn an_answer_is_written_until_a_stop_and_its_number_compared() {
+    let desk = Desk::new();
+    let decoder = desk.base();
+    let context = "Question: how many?\nAnswer:";
+    let written = continue_text(&decoder, &bytes(context), 12, 0.0, 0).unwrap();
+    let written: Vec<u8> = written.iter().map(|token| *token as u8).collect();
+    // What a model of noise writes is no UTF-8: the stop must be a piece of it that is.
+    let at =
+        (2..written.len()).find(|at| written[*at].is_ascii()).expect("twelve bytes and no ASCII among them");
+    let stop = char::from(written[at]).to_string();
+    let first = written.iter().position(|byte| *byte == written[at]).unwrap();
+    let row = serde_json::json!({
+        "kind": "generate_until", "context": context, "answer": "7", "until": ["never", stop], "max_gen_toks": 12
+    });
+    let (report, items) = desk.task(&[&row.to_string()]);
+    assert_eq!(items[0].written.as_deref(), Some(&*String::from_utf8_lossy(&written[..first])));
+    let score = &report.base.tasks[0];
+    assert_eq!((score.n, score.acc, score.chance), (1, 0.0, 0.0));
+    assert_eq!(score.exact_match.map(|e| (e.strict, e.flexible)), Some((0.0, 0.0)));
+    assert_eq!((score.acc_norm, score.perplexity), (None, None));
+    let row = row.to_string().replace("12}", "256}");
+    let items = Corpus::Text { text: row };
+    let tasks = vec![TaskSpec { task: "t".into(), items, limit: None, min_retention: None }];
+    let error = desk.evaluate(&EvalSpec { tasks, ..EvalSpec::default() }).unwrap_err();
+    assert!(error.contains("`max_gen_toks` 256") && error.contains("256 tokens in all"), "{error}");
 }

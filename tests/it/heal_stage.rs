@@ -154,7 +154,7 @@ fn healing_that_hurts_is_thrown_away_whatever_the_method() {
             let pruned = Decoder::open(&open(dir.path(), "pruned"), &compute())?;
             for window in all.iter_mut().rev().take(2) {
                 window.truncate(1);
-                window.extend(continue_text(&pruned, &window.clone(), seq_len - 1, 0.0, 0, |_| {})?);
+                window.extend(continue_text(&pruned, &window.clone(), seq_len - 1, 0.0, 0)?);
                 assert!(window.len() > 4, "{window:?}");
             }
             Ok(all)

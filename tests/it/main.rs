@@ -31,6 +31,8 @@ mod examples;
 #[cfg(all(feature = "engine", feature = "hub"))]
 mod fetch;
 #[cfg(feature = "engine")]
+mod generation;
+#[cfg(feature = "engine")]
 mod heal;
 #[cfg(feature = "engine")]
 mod heal_stage;
@@ -64,6 +66,8 @@ mod sweep;
 mod tidy;
 #[cfg(feature = "engine")]
 mod tiny;
+#[cfg(feature = "engine")]
+mod verdict;
 #[cfg(feature = "service")]
 mod worker;
 #[cfg(feature = "engine")]

@@ -96,7 +96,7 @@ impl Golden {
     fn greedy_text_agrees(&self) {
         let text: Vec<u32> = self.of("greedy").to_dtype(DType::U32).unwrap().to_vec1().unwrap();
         let (prompt, rest) = text.split_at(8);
-        let written = continue_text(&self.decoder, prompt, rest.len(), 0.0, 0, |_| {}).unwrap();
+        let written = continue_text(&self.decoder, prompt, rest.len(), 0.0, 0).unwrap();
         let ends = |id: &u32| self.decoder.config().eos_tokens.contains(id);
         let until_end = rest.iter().position(ends).unwrap_or(rest.len());
         assert!(until_end > 0, "{}: the golden text says nothing", self.name);

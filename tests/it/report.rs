@@ -2,18 +2,56 @@
 
 use std::fs;
 
-use secateur::engine::report::{Findings, comparison, page, plots, verdict};
+use secateur::engine::report::{Findings, card, comparison, page, plots, side_by_side, summary};
 use secateur::job::preset::ModelFacts;
 use secateur::job::progress::Stage;
 use secateur::job::report::{
-    Ablation, Candidate, CheckpointRef, Compared, Considered, Cost, EvalReport, HealReport, LayerProfile,
-    LayerSelection, LensReading, LossPoint, Perplexity, Report, Scores, Speed, StageSummary, Step, TaskScore,
-    Zone,
+    Ablation, Candidate, CheckpointRef, Compared, Comparison, Considered, Cost, Decision, Estimate,
+    EvalReport, Flaw, Generation, HealReport, LayerProfile, LayerSelection, LensReading, Likeness, LossPoint,
+    Overlap, Perplexity, PerplexityChange, Report, Scores, Speed, StageSummary, Step, TaskChange, TaskScore,
+    WrittenText, Zone,
 };
 use secateur::job::spec::{HealMethod, JobSpec, Preset, QloraSpec, Strategy, TrainingSpec};
 use serde_json::json;
 
 use crate::support::made_up;
+
+fn generation(cut: bool) -> Generation {
+    let text = |sampled| WrittenText {
+        prompt: "In the garden <b>".into(),
+        text: if cut { "of of of of".into() } else { "stands a pear tree & a bench.".into() },
+        sampled,
+        tokens: 4,
+        repetition: 0.6,
+        surprise: 1.5,
+        flaw: cut.then_some(Flaw::Repetitive),
+    };
+    Generation {
+        repetition: 0.6,
+        surprise: 1.5,
+        broken: f64::from(u8::from(cut)),
+        likeness: cut.then_some(Likeness { bleu: 12.34, chrf: 34.5, rouge_l: 0.456, similarity: 0.789 }),
+        texts: vec![text(false), text(true)],
+    }
+}
+
+fn comparison_of(checkpoint: &str) -> Comparison {
+    let estimate = |value: f64| Estimate { value, low: value - 0.05, high: value + 0.05 };
+    Comparison {
+        checkpoint: checkpoint.into(),
+        perplexity: vec![PerplexityChange { corpus: "garden.txt".into(), ratio: estimate(1.33) }],
+        tasks: vec![TaskChange {
+            task: "plants".into(),
+            difference: estimate(-0.017),
+            worse: 0.75,
+            retention: Some(estimate(0.9)),
+        }],
+        retention: Some(estimate(0.9)),
+        broken: Some(estimate(1.0)),
+        prefill_speedup: Some(estimate(1.25)),
+        decode_speedup: None,
+    }
+}
 
 fn scores(layers: u32, perplexity: f64, acc: f64) -> Scores {
     let parameters = 28_311_552 + u64::from(layers) * 3_540_000;
@@ -29,6 +67,7 @@ fn scores(layers: u32, perplexity: f64, acc: f64) -> Scores {
             nll_over_ln_vocab: perplexity.ln() / 49_152f64.ln(),
             word_perplexity: perplexity.powf(1.3),
             tokens: 8192,
+            stderr: 0.25,
         }],
         tasks: vec![TaskScore {
             task: "plants".into(),
@@ -36,13 +75,17 @@ fn scores(layers: u32, perplexity: f64, acc: f64) -> Scores {
             acc_norm: Some(acc + 0.02),
             stderr: 0.021,
             n: 500,
+            ..TaskScore::default()
         }],
         speed: Some(Speed {
             prefill_tokens_per_s: 18_000.0 / f64::from(layers),
             decode_tokens_per_s: 600.0 / f64::from(layers),
             latency_ms: f64::from(layers) / 0.6,
+            ..Speed::default()
         }),
         peak_memory_bytes: 900_000_000,
+        flops_per_token: 2 * parameters,
+        generation: Some(generation(layers < 30)),
     }
 }
 
@@ -135,6 +178,12 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
             base: scores(30, 18.7, 0.412),
             pruned: scores(24, 57.1, 0.371),
             healed: heal.then(|| scores(24, 24.9, 0.395)),
+            compared: [Some("pruned"), heal.then_some("healed")]
+                .into_iter()
+                .flatten()
+                .map(comparison_of)
+                .collect(),
+            overlap: Vec::new(),
         },
         files: [("pruned/config.json".to_owned(), "ef".repeat(32))].into(),
     }
@@ -328,8 +377,8 @@ fn whatever_a_person_wrote_is_escaped() {
 }
 
 #[test]
-fn the_verdict_says_what_was_cut_and_what_it_cost() {
-    let said = verdict(&report("x", (18..24).collect(), true));
+fn the_summary_says_what_was_cut_and_what_it_cost() {
+    let said = summary(&report("x", (18..24).collect(), true));
     assert_eq!(said[0], "6 of 30 layers cut, 16 % fewer parameters");
     assert_eq!(
         said[1],
@@ -362,4 +411,92 @@ fn remarks_warn_of_what_the_numbers_do_not_show() {
     let mut reverted = report("x", (18..24).collect(), true);
     reverted.heal[0].reverted = true;
     assert!(again(reverted).remarks[0].contains("thrown away"));
+}
+
+#[test]
+fn the_page_begins_with_the_verdict_and_shows_what_was_written_side_by_side() {
+    let report = report("x", (18..24).collect(), true);
+    let verdict = report.verdict.as_ref().unwrap();
+    assert_eq!((verdict.decision, verdict.checkpoint.as_str()), (Decision::Reject, "healed"));
+    let html = page(&report, &[]);
+    let at = |text: &str| html.find(text).unwrap_or_else(|| panic!("{text} is not there"));
+    let order = [
+        "Verdict on the healed checkpoint: reject",
+        "Before and after",
+        "24.90 ± 0.25",
+        "What is left, and how sure that is",
+        "90.0 % (85.0 to 95.0)",
+        "-1.7 (-6.7 to +3.3)",
+        "×1.330 (1.280 to 1.380)",
+        "What they write",
+        "In the garden &lt;b&gt;",
+        "stands a pear tree &amp; a bench.",
+        "of of of of <small>[repetitive]</small>",
+        "Where the cut went",
+    ];
+    assert!(order.windows(2).all(|pair| at(pair[0]) < at(pair[1])), "not in this order");
+    for told in ["BLEU with base texts", "12.3", "0.789", "operations per token"] {
+        at(told);
+    }
+}
+
+#[test]
+fn remarks_tell_of_items_that_were_healed_on_stand_twice_or_are_too_long() {
+    let mut asked = report("x", (18..24).collect(), true);
+    let (measured, healed_on) = ("plants".to_owned(), "c4.jsonl".to_owned());
+    asked.eval.overlap = vec![Overlap { measured, healed_on, common: 3, total: 500 }];
+    (asked.eval.base.tasks[0].duplicates, asked.eval.base.tasks[0].truncated) = (2, 7);
+    let remarks = again(asked).remarks.join("\n");
+    for told in [
+        "3 of the 500 items or passages of plants have 13 words in a row in common with the healing text c4.jsonl",
+        "2 of the 500 items of plants stand in its file more than once",
+        "The context of 7 of the 500 items of plants is longer than the model can take",
+    ] {
+        assert!(remarks.contains(told), "{told}: {remarks}");
+    }
+}
+
+#[test]
+fn a_model_card_has_front_matter_that_the_hub_can_read_and_nothing_that_differs_from_run_to_run() {
+    let mut asked = report("tricky: \"name\" | *x*\n# y", (18..24).collect(), true);
+    let written = card(&asked);
+    let (_, rest) = written.split_once("---\n").unwrap();
+    let (front, body) = rest.split_once("---\n").unwrap();
+    let front: serde_json::Value = serde_yaml_ng::from_str(front).unwrap();
+    assert_eq!(front["library_name"], "transformers");
+    assert_eq!(front["model-index"][0]["name"], "tricky: \"name\" | *x* # y");
+    let results = &front["model-index"][0]["results"];
+    assert_eq!(results[0]["dataset"]["name"], "plants");
+    assert_eq!(results[0]["metrics"][0]["value"], 0.395);
+    assert_eq!(results[1]["metrics"][0]["type"], "perplexity");
+    assert!(front.get("base_model").is_none(), "a path of this machine is nobody's business");
+    for told in [
+        "# tricky: \"name\" \\| \\*x\\* \\# y\n",
+        "**Verdict: reject.**",
+        "layers 18 to 23",
+        "| accuracy, plants | 0.412",
+    ] {
+        assert!(body.contains(told), "{told}: {body}");
+    }
+    for absent in ["tokens/s", "memory", "speed"] {
+        assert!(!body.contains(absent), "{absent}: {body}");
+    }
+    asked.spec.model = serde_json::from_value(json!({"from": "hub", "repo": "org/name"})).unwrap();
+    assert!(card(&asked).contains("\nbase_model: \"org/name\"\n"));
+}
+
+#[test]
+fn reports_stand_side_by_side_behind_the_base_model_they_have_in_common() {
+    let named = |name: &str, heal| (name.to_owned(), report(name, (18..24).collect(), heal));
+    let mut both = [named("a", true), named("b", false)];
+    both[1].1.eval.base.tasks.clear();
+    both[1].1.eval.pruned.tasks.clear();
+    let rows = side_by_side(&both);
+    assert_eq!(rows[0].1, ["base", "a", "b"]);
+    let row = |label: &str| rows.iter().find(|(l, _)| l == label).unwrap().1.clone();
+    assert_eq!(row("verdict"), ["–", "reject", "reject"]);
+    assert_eq!(row("perplexity, garden.txt"), ["18.70 ± 0.25", "24.90 ± 0.25", "57.10 ± 0.25"]);
+    assert_eq!(row("accuracy, plants"), ["0.412 ± 0.021", "0.395 ± 0.021", "–"]);
+    both[1].1.model_digest = "another".into();
+    assert_eq!(side_by_side(&both)[0].1, ["a", "b"]);
 }

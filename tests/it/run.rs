@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Child;
 
 use secateur::job::progress::{Event, Stage};
-use secateur::job::report::{LayerProfile, LayerSelection, Report, Zone};
+use secateur::job::report::{Decision, LayerProfile, LayerSelection, Report, Zone};
 use secateur::job::spec::{Measures, Zones};
 use serde_json::{Value, json};
 
@@ -57,6 +57,8 @@ fn a_run_leaves_every_file_of_the_contract() {
     assert_eq!(report.pruned.layer_count, 4);
     assert!(bench.path("out/pruned/model.safetensors").is_file());
     assert!(bench.path("out/report.html").is_file());
+    let shipped = report.heal[0].checkpoint.as_ref().unwrap_or(&report.pruned);
+    assert!(bench.path("out").join(&shipped.path).join("README.md").is_file());
     let healed = report.heal[0].checkpoint.is_some();
     assert_eq!(bench.path("out/healed/model.safetensors").is_file(), healed);
     assert_eq!(bench.path("out/adapter/adapter_config.json").is_file(), healed);
@@ -95,6 +97,23 @@ fn methods_of_healing_run_one_after_the_other_and_each_says_what_it_did() {
     assert_eq!(bench.path("out/adapter").exists(), alone);
     let page = fs::read_to_string(bench.path("out/report.html")).unwrap();
     assert!(page.contains("Healing by rescale") && page.contains("Healing by least_squares"));
+}
+
+#[test]
+fn a_result_that_is_rejected_fails_the_job_where_it_is_to_and_other_gates_measure_nothing_again() {
+    let bench = Bench::new(&Tiny::llama());
+    let mut spec = bench.spec();
+    bench.succeed(&spec, "out", &[]);
+    spec["eval"]["gates"] = json!({"max_size_bytes": 1});
+    let told = bench.succeed(&spec, "out", &[]);
+    let reused = |(stage, reused): (Stage, bool)| reused == (stage != Stage::Report);
+    assert!(finished(&told).into_iter().all(reused), "{told:?}");
+    spec["eval"]["on_reject"] = json!("fail");
+    let output = bench.run(&spec, "out", &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("is rejected") && stderr(&output).contains("Size of the weights"));
+    let report: Report = serde_json::from_slice(&fs::read(bench.path("out/report.json")).unwrap()).unwrap();
+    assert_eq!(report.verdict.unwrap().decision, Decision::Reject);
 }
 
 #[test]

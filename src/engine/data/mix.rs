@@ -17,19 +17,22 @@ pub fn mixed(
     let mut words = 0;
     for (i, share) in of.iter().enumerate() {
         let wanted = turns.iter().filter(|turn| **turn == i).count();
-        let found =
-            if wanted == 0 { Windows { ids: Vec::new(), words: 0 } } else { windows(&share.corpus, wanted)? };
+        let found = if wanted == 0 {
+            Windows { ids: Vec::new(), from: Vec::new(), words: 0 }
+        } else {
+            windows(&share.corpus, wanted)?
+        };
         words += found.words;
-        texts.push(found.ids.into_iter());
+        texts.push(found.ids.into_iter().zip(found.from));
     }
-    let ids: Vec<Vec<u32>> = turns.into_iter().filter_map(|turn| texts[turn].next()).collect();
+    let (ids, from): (Vec<_>, Vec<_>) = turns.into_iter().filter_map(|turn| texts[turn].next()).unzip();
     if ids.len() < count {
         cx.note(format!(
             "the mixture gives {} windows of {count}: some of its texts are too short",
             ids.len()
         ));
     }
-    Ok(Windows { ids, words })
+    Ok(Windows { ids, from, words })
 }
 
 /// Whose turn it is, `count` times: always that of the text which has had the least of its share.

@@ -3,6 +3,7 @@
 pub mod corpus;
 pub mod items;
 mod mix;
+pub mod overlap;
 pub mod windows;
 
 pub use corpus::{digest, label};

@@ -1,5 +1,7 @@
 //! Text as token windows: documents joined by a blank line, cut without overlap.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
@@ -42,6 +44,9 @@ impl Purpose {
 pub struct Wanted {
     /// Tokens per window. Rows of `input_ids` keep their own length.
     pub seq_len: usize,
+    /// Tokens from the start of a window of a text to that of the next, if that is less than `seq_len`; then the
+    /// last window ends with the text. Windows do not overlap when absent.
+    pub stride: Option<usize>,
     /// The first so many windows; all there are when absent.
     pub at_most: Option<usize>,
     /// The setting that insists on `at_most` windows: text that gives fewer is refused. Where nobody insists they are
@@ -64,6 +69,8 @@ impl Wanted {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Windows {
     pub ids: Vec<Vec<u32>>,
+    /// For each window the first token that no earlier one has predicted, at least 1.
+    pub from: Vec<usize>,
     /// Words between white space in the text of the windows.
     pub words: u64,
 }
@@ -71,7 +78,7 @@ pub struct Windows {
 /// Windows a model writes when nobody says how many.
 const WRITTEN_WINDOWS: usize = 16;
 /// Text taken of one corpus: millions of tokens, days on a CPU.
-const MAX_TEXT_BYTES: usize = 64 << 20;
+pub(super) const MAX_TEXT_BYTES: usize = 64 << 20;
 /// Text gathered first per token wanted; more is fetched where it does not do.
 const BYTES_PER_TOKEN: usize = 6;
 
@@ -97,7 +104,7 @@ pub fn windows(corpus: &Corpus, wanted: &Wanted, base: &Checkpoint, cx: Cx) -> R
         Gathered::Text(encoded) => cut(&encoded, wanted, &name)?,
         Gathered::Rows(ids) => {
             let words = ids.iter().map(|w| words(&tokenizer, w)).sum::<Result<u64>>()?;
-            Windows { ids, words }
+            Windows { from: vec![1; ids.len()], ids, words }
         }
     };
     for id in found.ids.iter().flatten() {
@@ -143,7 +150,7 @@ fn written(
     };
     let ids = write(&Decoder::open(base, cx.compute)?, &writing, cx)?;
     let words = ids.iter().map(|w| words(tokenizer, w)).sum::<Result<u64>>()?;
-    Ok(Windows { ids, words })
+    Ok(Windows { from: vec![1; ids.len()], ids, words })
 }
 
 /// What a corpus turned out to hold.
@@ -248,13 +255,31 @@ fn cut(encoded: &Encoded, wanted: &Wanted, name: &str) -> Result<Windows> {
             "{name}: {tokens} tokens, but one window takes seq_len = {seq_len}; give more text or a smaller seq_len"
         )));
     }
-    let count = wanted.at_most.unwrap_or(usize::MAX).min(tokens / seq_len);
-    let end = encoded.ends[count * seq_len - 1];
+    let spans = spans(tokens, seq_len, wanted.stride, wanted.at_most.unwrap_or(usize::MAX));
+    let end = encoded.ends[spans.last().map_or(0, |span| span.end - 1)];
     let covered = encoded.text.get(..end).unwrap_or(&encoded.text);
+    let ends = spans.iter().map(|span| span.end);
+    let from =
+        spans.iter().zip(std::iter::once(1).chain(ends)).map(|(span, seen)| (seen - span.start).max(1));
     Ok(Windows {
-        ids: encoded.ids.chunks_exact(seq_len).take(count).map(<[u32]>::to_vec).collect(),
+        from: from.collect(),
+        ids: spans.iter().map(|span| encoded.ids[span.clone()].to_vec()).collect(),
         words: covered.split_whitespace().count() as u64,
     })
+}
+
+/// The places of at most `most` windows in a text of so many tokens. With a stride each begins so much behind the
+/// one before it and the last one ends with the text, as the perplexity of transformers' documentation has it.
+fn spans(tokens: usize, seq_len: usize, stride: Option<usize>, most: usize) -> Vec<Range<usize>> {
+    let Some(stride) = stride else {
+        return (0..tokens / seq_len).take(most).map(|i| i * seq_len..(i + 1) * seq_len).collect();
+    };
+    let mut spans: Vec<Range<usize>> = Vec::new();
+    while spans.len() < most && spans.last().is_none_or(|last| last.end < tokens) {
+        let start = spans.len() * stride;
+        spans.push(start..(start + seq_len).min(tokens));
+    }
+    spans
 }
 
 fn words(tokenizer: &Tokenizer, ids: &[u32]) -> Result<u64> {

@@ -1,20 +1,27 @@
 //! What a checkpoint is worth, measured on its written files. Two primitives
 //! carry every score: the log-likelihood of a continuation and of a whole window.
 
+pub mod compared;
+pub mod exact_match;
+pub mod generation;
+pub mod likeness;
 pub mod loglikelihood;
 pub mod memory;
 pub mod perplexity;
 pub mod speed;
 pub mod tasks;
+pub mod uncertainty;
 
 use std::path::{Path, PathBuf};
 
 use super::data::items::{self, Item};
 use super::data::{Purpose, Wanted, Windows, label, windows};
+use super::model::generate::Prompt;
 use super::model::{Checkpoint, Decoder};
 use super::{Cx, Error, Result};
-use crate::job::report::{EvalReport, Scores};
+use crate::job::report::{Comparison, EvalReport, Scores};
 use crate::job::spec::EvalSpec;
+use compared::Found;
 
 /// The checkpoints of a run, as directories.
 pub struct Checkpoints {
@@ -27,7 +34,7 @@ pub struct Checkpoints {
 pub struct Material {
     texts: Vec<Text>,
     tasks: Vec<Task>,
-    speed: bool,
+    prompts: Vec<Prompt>,
 }
 
 struct Text {
@@ -47,17 +54,33 @@ impl Material {
             .tasks
             .iter()
             .map(|task| Ok(Task { name: task.task.clone(), items: items::read(&task.items, task.limit)? }));
-        let tasks = tasks.collect::<Result<_>>()?;
-        let seq_len = (spec.seq_len as usize).min(base.config().max_position_embeddings);
-        let texts = spec.perplexity.iter().map(|corpus| {
-            let wanted = Wanted { seq_len, at_most: None, insisted_by: None, purpose: Purpose::Eval, seed };
-            Ok(Text { corpus: label(corpus), windows: windows(corpus, &wanted, base, cx)? })
-        });
-        Ok(Self { tasks, texts: texts.collect::<Result<_>>()?, speed: spec.speed })
+        let tasks = tasks.collect::<Result<Vec<Task>>>()?;
+        let wanted = Wanted {
+            seq_len: (spec.seq_len as usize).min(base.config().max_position_embeddings),
+            stride: spec.stride.map(|stride| stride as usize),
+            at_most: None,
+            insisted_by: None,
+            purpose: Purpose::Eval,
+            seed,
+        };
+        let texts = spec
+            .perplexity
+            .iter()
+            .map(|corpus| Ok(Text { corpus: label(corpus), windows: windows(corpus, &wanted, base, cx)? }));
+        let texts = texts.collect::<Result<Vec<Text>>>()?;
+        let prompts = match &spec.generation {
+            None => Vec::new(),
+            Some(asked) => {
+                let windows: Vec<&[Vec<u32>]> = texts.iter().map(|text| &text.windows.ids[..]).collect();
+                let items: Vec<&Item> = tasks.iter().flat_map(|task| &task.items).collect();
+                generation::prompts(asked, &windows, &items, base, seed, cx)?
+            }
+        };
+        Ok(Self { texts, tasks, prompts })
     }
 }
 
-/// Measures base, pruned and healed checkpoint, one after another. The result of
+/// Measures base, pruned and healed checkpoint on the same things, and the latter two beside the first. The result of
 /// every item goes to `items_dir`, one file a checkpoint and task.
 ///
 /// # Errors
@@ -69,43 +92,96 @@ pub fn evaluate(
     items_dir: &Path,
     cx: Cx,
 ) -> Result<EvalReport> {
-    let material = Material::gather(&Checkpoint::open(&checkpoints.base)?, spec, seed, cx)?;
-    Ok(EvalReport {
-        base: measure("base", &checkpoints.base, &material, items_dir, cx)?,
-        pruned: measure("pruned", &checkpoints.pruned, &material, items_dir, cx)?,
-        healed: match &checkpoints.healed {
-            Some(dir) => Some(measure("healed", dir, &material, items_dir, cx)?),
-            None => None,
-        },
-    })
+    let base = Checkpoint::open(&checkpoints.base)?;
+    let material = Material::gather(&base, spec, seed, cx)?;
+    let mut names = vec![("base", &checkpoints.base), ("pruned", &checkpoints.pruned)];
+    names.extend(checkpoints.healed.iter().map(|dir| ("healed", dir)));
+    let mut all = Vec::with_capacity(names.len());
+    for (which, dir) in &names {
+        all.push(measure(which, dir, &material, items_dir, cx)?);
+    }
+    if !material.prompts.is_empty() {
+        let written: Vec<Vec<Vec<u32>>> =
+            all.iter_mut().map(|one| std::mem::take(&mut one.written)).collect();
+        let judged = generation::judge(&base, &material.prompts, &written, cx)?;
+        for (one, generation) in all.iter_mut().zip(judged) {
+            one.scores.generation = Some(generation);
+        }
+    }
+    let asked = compared::Asked { confidence: spec.gates.confidence, seed };
+    let beside = |(one, (which, _)): (&Measured, &(&str, &PathBuf))| {
+        compared::compare(which, (&all[0].scores, &all[0].found), (&one.scores, &one.found), asked)
+    };
+    let mut compared: Vec<Comparison> = all.iter().zip(&names).skip(1).map(beside).collect();
+    if spec.speed {
+        let opened = names.iter().map(|(_, dir)| Checkpoint::open(dir)).collect::<Result<Vec<_>>>()?;
+        let turns = speed::Turns::take(&opened.iter().collect::<Vec<_>>(), cx)?;
+        for (i, one) in all.iter_mut().enumerate() {
+            one.scores.speed = Some(turns.speed(i));
+        }
+        for (i, compared) in compared.iter_mut().enumerate() {
+            let (prefill, decode) = turns.speedups(i + 1);
+            (compared.prefill_speedup, compared.decode_speedup) = (Some(prefill), Some(decode));
+        }
+    }
+    let mut scores = all.into_iter().map(|one| one.scores);
+    let mut next = || scores.next().ok_or_else(|| Error::bug("a checkpoint was not measured"));
+    let (base, pruned) = (next()?, next()?);
+    Ok(EvalReport { base, pruned, healed: scores.next(), compared, overlap: Vec::new() })
 }
 
-/// All scores of one checkpoint, `which` by name.
-pub fn measure(which: &str, dir: &Path, material: &Material, items_dir: &Path, cx: Cx) -> Result<Scores> {
+/// What was measured of one checkpoint.
+pub struct Measured {
+    pub scores: Scores,
+    pub found: Found,
+    /// What it wrote after the prompts.
+    pub written: Vec<Vec<u32>>,
+}
+
+/// All that one checkpoint, `which` by name, comes to by itself.
+pub fn measure(which: &str, dir: &Path, material: &Material, items_dir: &Path, cx: Cx) -> Result<Measured> {
     let memory = memory::Watch::start();
     let checkpoint = Checkpoint::open(dir)?;
     let decoder = Decoder::open(&checkpoint, cx.compute)?;
-    let mut perplexity = Vec::with_capacity(material.texts.len());
+    let (mut perplexity, mut windows) = (Vec::new(), Vec::new());
     for text in &material.texts {
-        perplexity.push(perplexity::measure(&decoder, which, &text.corpus, &text.windows, cx)?);
+        let (score, found) = perplexity::measure(&decoder, which, &text.corpus, &text.windows, cx)?;
+        perplexity.push(score);
+        windows.push(found);
     }
-    let mut tasks = Vec::with_capacity(material.tasks.len());
+    let (mut tasks, mut items) = (Vec::new(), Vec::new());
     for task in &material.tasks {
         let results = tasks::answer(&decoder, &checkpoint.tokenizer()?, which, &task.name, &task.items, cx)?;
         tasks::write(&items_dir.join(tasks::file_name(which, &task.name)), &results)?;
-        tasks.push(tasks::score(&task.name, &results));
+        tasks.push(tasks::score(&task.name, &task.items, &results));
+        items.push(results);
     }
-    let speed = if material.speed { Some(speed::measure(&decoder, which, cx)?) } else { None };
-    Ok(Scores {
+    let written = generation::write(&decoder, which, &material.prompts, cx)?;
+    let scores = Scores {
         layer_count: checkpoint.config().layer_count as u32,
         parameters: checkpoint.parameters(),
         size_bytes: checkpoint.size_bytes(),
         embedding_parameters: checkpoint.embedding_parameters(),
         perplexity,
         tasks,
-        speed,
+        speed: None,
         peak_memory_bytes: memory.peak_bytes(cx),
-    })
+        flops_per_token: flops_per_token(&checkpoint),
+        generation: None,
+    };
+    Ok(Measured { scores, found: Found { windows, items }, written })
+}
+
+/// A multiplication and an addition for each weight that a token meets: those of the layers, of which only some experts
+/// see it, and the head's.
+fn flops_per_token(checkpoint: &Checkpoint) -> u64 {
+    let config = checkpoint.config();
+    let head = (config.vocab_size * config.hidden_size) as u64;
+    let idle = config.experts.as_ref().map_or(0, |experts| {
+        let sparse = config.layers.iter().filter(|layer| layer.sparse).count();
+        (sparse * (experts.count - experts.per_token) * 3 * experts.width * config.hidden_size) as u64
+    });
+    2 * (checkpoint.parameters().saturating_sub(checkpoint.embedding_parameters() + idle) + head)
 }
 
 /// A number that is not finite means the checkpoint is broken, not that it is bad.

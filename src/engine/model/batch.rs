@@ -46,11 +46,6 @@ impl Batch {
         }
         (batch, rows)
     }
-
-    /// Texts, all of one length, that go on from what a cache holds.
-    pub fn width(&self) -> usize {
-        self.sequences.first().map_or(0, |sequence| sequence.queries.len())
-    }
 }
 
 /// How texts are cut into batches of at most `rows` rows and `most` texts each; a longer text is a batch of its

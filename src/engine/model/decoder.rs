@@ -6,7 +6,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use super::batch::{Batch, InCommon, batches, beginning, nothing};
-use super::cache::KvCache;
+use super::cache::{KvCache, Slot};
 use super::checkpoint::Checkpoint;
 pub use super::head::HeadLoss;
 
@@ -207,29 +207,33 @@ impl Decoder {
 
     /// Positions and texts of the rows of `batch`.
     pub fn pass(&self, batch: &Batch) -> Pass {
-        self.pass_from(0, batch)
+        self.pass_from(Vec::new(), batch)
     }
 
-    /// The same for texts of which a cache holds the first `cached` tokens.
-    fn pass_from(&self, cached: usize, batch: &Batch) -> Pass {
-        Pass::new(self.config(), batch, cached, self.compute.dtype, &self.compute.device)
+    /// The same for texts of which a cache holds the beginning, each in a slot.
+    fn pass_from(&self, slots: Vec<Slot>, batch: &Batch) -> Pass {
+        Pass::new(self.config(), batch, slots, self.compute.dtype, &self.compute.device)
     }
 
     /// The stream entering layer 0, `[rows, h]`.
     pub fn embed(&self, batch: &Batch) -> Result<Tensor> {
-        self.embed_from(0, batch)
+        self.embed_from(&[], batch)
     }
 
-    /// The same for texts of which the first `cached` tokens were read before.
-    fn embed_from(&self, cached: usize, batch: &Batch) -> Result<Tensor> {
+    /// The same for texts of which a cache holds the beginning.
+    fn embed_from(&self, slots: &[Slot], batch: &Batch) -> Result<Tensor> {
         let mut x = self.embedding.rows(&batch.tokens, self.compute.dtype, &self.compute.device)?;
         if self.config().embedding_scale != 1.0 {
             x = (x * self.config().embedding_scale)?;
         }
         if let Some(positions) = &self.positions {
             let most = positions.dim(0)?;
-            let of = |text: &Sequence| cached + text.past()..cached + text.past() + text.queries.len();
-            let places: Vec<u32> = batch.sequences.iter().flat_map(of).map(|place| place as u32).collect();
+            let of = |(i, text): (usize, &Sequence)| {
+                let first = slots.get(i).map_or(0, |slot| slot.read) + text.past();
+                first..first + text.queries.len()
+            };
+            let places = batch.sequences.iter().enumerate().flat_map(of);
+            let places: Vec<u32> = places.map(|place| place as u32).collect();
             if let Some(last) = places.iter().find(|place| **place as usize >= most) {
                 return Err(Error::spec(format!(
                     "a text of {} tokens or more, but the model has learned {most} positions",
@@ -320,31 +324,36 @@ impl Decoder {
         self.layers(self.embed(batch)?, &self.pass(batch), 0..self.config().layer_count, |_, _| Ok(()))
     }
 
-    /// An empty cache for `batch` sequences of at most `capacity` tokens.
-    pub fn cache(&self, batch: usize, capacity: usize) -> Result<KvCache> {
-        KvCache::new(self.config(), batch, capacity, self.compute.dtype, &self.compute.device)
+    /// An empty cache for `slots` texts of at most `capacity` tokens.
+    pub fn cache(&self, slots: usize, capacity: usize) -> Result<KvCache> {
+        KvCache::new(self.config(), slots, capacity, self.compute.dtype, &self.compute.device)
     }
 
-    /// The place in texts of `len` tokens from where on they must be read, with what `cache` holds of
-    /// them. Usually its end; but some rotations turn all tokens anew when a text outgrows a length,
-    /// and then the cache is emptied.
-    pub fn unread(&self, cache: &mut KvCache, len: usize) -> usize {
-        if cache.len > 0 && self.config().ropes.iter().any(|rope| rope.changes(cache.len, len)) {
-            cache.len = 0;
+    /// The place in a text of `len` tokens from where on it must be read, with what `cache` holds of it in
+    /// `slot`. Usually the end of that; but some rotations turn all tokens anew when a text outgrows a length,
+    /// and then the slot is emptied.
+    pub fn unread(&self, cache: &mut KvCache, slot: usize, len: usize) -> usize {
+        let read = &mut cache.read[slot];
+        if *read > 0 && self.config().ropes.iter().any(|rope| rope.changes(*read, len)) {
+            *read = 0;
         }
-        cache.len
+        *read
     }
 
-    /// The stream for the next tokens of texts, all of one length, whose past is in `cache`, as [`Self::forward`].
-    pub fn step(&self, batch: &Batch, cache: &mut KvCache) -> Result<Tensor> {
-        let pass = self.pass_from(cache.len, batch);
-        let mut x = self.embed_from(cache.len, batch)?;
+    /// The stream for the next tokens of texts whose beginnings are in these `slots` of `cache`, in the order of
+    /// the batch; as [`Self::forward`]. Texts may differ in length.
+    pub fn step(&self, batch: &Batch, slots: &[usize], cache: &mut KvCache) -> Result<Tensor> {
+        let places: Vec<Slot> = slots.iter().map(|slot| cache.slot(*slot)).collect();
+        let mut x = self.embed_from(&places, batch)?;
+        let pass = self.pass_from(places, batch);
         for (index, cache) in cache.layers.iter_mut().enumerate() {
             self.read_ahead(index + 1);
             x = self.layer(index)?.forward(&x, &pass, Some(cache))?;
             self.release(index);
         }
-        cache.len += batch.width();
+        for (slot, text) in slots.iter().zip(&batch.sequences) {
+            cache.read[*slot] += text.queries.len();
+        }
         Ok(x)
     }
 

@@ -1,9 +1,10 @@
 //! The report as one page: no script, nothing loaded from anywhere.
 
 use super::choice::{criticality, logit_lens, strategies, zone_name};
+use super::evaluation::{changes, texts, verdict};
 use super::plot::{Figure, STYLE as PLOTS};
 use super::svg::{heat_map, layers_text, least, loss_curve, profile_curve, runs_text, unit};
-use super::{amount, columns, comparison, contiguous, verdict};
+use super::{amount, columns, comparison, contiguous, summary};
 use crate::job::heal::HealSettings;
 use crate::job::report::{
     Ablation, Compared, Considered, HealReport, LensReading, Repaired, Report, StageSummary,
@@ -14,7 +15,7 @@ use crate::job::training::Training;
 /// The whole page.
 pub fn page(report: &Report, stages: &[StageSummary]) -> String {
     let name = report.spec.name.clone().unwrap_or_else(|| "Pruning report".into());
-    let said = verdict(report);
+    let said = summary(report);
     let mut out = format!(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>\
          <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
@@ -27,8 +28,11 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
         put(&mut out, &format!("<p>{}</p>", escape(sentence)));
     }
     put(&mut out, "</header>");
+    verdict(&mut out, report);
     list(&mut out, "Before you use it", &report.remarks);
     comparison_table(&mut out, report);
+    changes(&mut out, report);
+    texts(&mut out, report);
     profile_figures(&mut out, report);
     choice(&mut out, report);
     criticality_figure(&mut out, report);
@@ -61,11 +65,11 @@ pub fn escape(text: &str) -> String {
     out
 }
 
-pub fn put(out: &mut String, piece: &str) {
+pub(super) fn put(out: &mut String, piece: &str) {
     out.push_str(piece);
 }
 
-pub fn list(out: &mut String, title: &str, items: &[String]) {
+pub(super) fn list(out: &mut String, title: &str, items: &[String]) {
     if items.is_empty() {
         return;
     }
@@ -77,7 +81,7 @@ pub fn list(out: &mut String, title: &str, items: &[String]) {
 }
 
 /// A table; the first column heads its rows.
-pub fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
+pub(super) fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
     put(out, "<div class='scroll'><table><thead><tr>");
     for cell in head {
         put(out, &format!("<th scope='col'>{}</th>", escape(cell)));
@@ -400,12 +404,12 @@ fn provenance(out: &mut String, report: &Report) {
     put(out, "</section>");
 }
 
-pub fn figure(out: &mut String, figure: &Figure, caption: &str) {
+pub(super) fn figure(out: &mut String, figure: &Figure, caption: &str) {
     let svg = figure.inline();
     put(out, &format!("<figure>{svg}<figcaption>{}</figcaption></figure>", escape(caption)));
 }
 
-fn details(out: &mut String, summary: &str, head: &[&str], rows: &[Vec<String>]) {
+pub(super) fn details(out: &mut String, summary: &str, head: &[&str], rows: &[Vec<String>]) {
     put(out, &format!("<details><summary>{}</summary>", escape(summary)));
     table(out, head, rows);
     put(out, "</details>");
@@ -421,6 +425,12 @@ h1{font-size:2rem;line-height:1.2;margin:.2em 0 .5em;text-wrap:balance}
 h2{font-size:1.2rem;margin:2.4em 0 .6em}
 p{margin:.35em 0;max-width:44rem}
 .kicker{color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}
+.verdict{border-left:6px solid var(--soft);padding:.1rem 1.1rem .6rem;margin:1.4rem 0}
+.verdict.ship{border-color:var(--leaf)}
+.verdict.reject{border-color:var(--accent)}
+.verdict h2{margin:.4em 0 .2em}
+.verdict ul{margin:0;padding-left:1.1em}
+.texts td{text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;min-width:12rem}
 .remarks{background:var(--wash);border-left:3px solid var(--accent);padding:.3rem 1.1rem .8rem;margin-top:1.6rem}
 .remarks h2{margin:.6em 0 .3em;font-size:1rem}
 .remarks ul{margin:0;padding-left:1.1em}

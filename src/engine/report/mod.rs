@@ -1,19 +1,27 @@
 //! The result in words, in a table, as JSON and as a page.
 
+mod beside;
+mod card;
 mod choice;
+mod evaluation;
 mod html;
 mod lines;
 mod plot;
 mod svg;
 pub mod sweep;
+mod verdict;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+pub use beside::side_by_side;
+pub use card::card;
 pub use html::page;
+pub use verdict::judge;
 
 use crate::job::report::{
-    Block, CheckpointRef, Compared, EvalReport, HealReport, LayerProfile, LayerSelection, Report, Scores,
+    Block, CheckpointRef, Compared, EvalReport, Generation, HealReport, LayerProfile, LayerSelection,
+    Overlap, Report, Scores, TaskScore,
 };
 use crate::job::spec::{Corpus, JobSpec, Strategy, TaskSpec};
 
@@ -33,7 +41,7 @@ pub struct Findings {
 impl Findings {
     /// The whole result, remarks included.
     pub fn report(self) -> Report {
-        let remarks = remarks(&self);
+        let (remarks, verdict) = (remarks(&self), judge(&self.eval, &self.spec.eval));
         Report {
             secateur_version: env!("CARGO_PKG_VERSION").into(),
             spec: self.spec,
@@ -43,6 +51,7 @@ impl Findings {
             pruned: self.pruned,
             heal: self.heal,
             eval: self.eval,
+            verdict: Some(verdict),
             remarks,
             files: self.files,
         }
@@ -93,16 +102,7 @@ pub fn columns(eval: &EvalReport) -> Vec<&'static str> {
 pub fn comparison(eval: &EvalReport) -> Vec<Row> {
     let all = scores(eval);
     let row = |label: String, text: &dyn Fn(f64) -> String, value: &dyn Fn(&Scores) -> Option<f64>| {
-        let base = value(all[0]);
-        let cell = |(i, s): (usize, &&Scores)| {
-            let found = value(s);
-            let ratio = match (found, base) {
-                (Some(v), Some(b)) if i > 0 && b != 0.0 => Some(v / b),
-                _ => None,
-            };
-            Cell { text: found.map_or("–".into(), text), ratio }
-        };
-        Row { label, cells: all.iter().enumerate().map(cell).collect() }
+        row(&all, label, text, value)
     };
     let mut rows = vec![
         row("layers".into(), &|v| format!("{v:.0}"), &|s| Some(f64::from(s.layer_count))),
@@ -114,12 +114,24 @@ pub fn comparison(eval: &EvalReport) -> Vec<Row> {
     ];
     for (i, p) in eval.base.perplexity.iter().enumerate() {
         let label = format!("perplexity, {}", p.corpus);
-        rows.push(row(label, &|v| format!("{v:.2}"), &|s| s.perplexity.get(i).map(|p| p.value)));
+        rows.push(with_error(
+            row(label, &|v| format!("{v:.2}"), &|s| s.perplexity.get(i).map(|p| p.value)),
+            &all,
+            i,
+        ));
     }
     for (i, task) in eval.base.tasks.iter().enumerate() {
         rows.push(accuracy(&all, i, &task.task, false));
         if task.acc_norm.is_some() {
             rows.push(accuracy(&all, i, &task.task, true));
+        }
+        if task.exact_match.is_some() {
+            let of = |s: &Scores| s.tasks.get(i).and_then(|t| t.exact_match).map(|e| e.flexible);
+            rows.push(row(format!("last number right, {}", task.task), &|v| format!("{v:.3}"), &of));
+        }
+        if task.perplexity.is_some() {
+            let of = |s: &Scores| s.tasks.get(i).and_then(|t| t.perplexity);
+            rows.push(row(format!("perplexity, {}", task.task), &|v| format!("{v:.2}"), &of));
         }
     }
     if all.iter().any(|s| s.speed.is_some()) {
@@ -130,9 +142,68 @@ pub fn comparison(eval: &EvalReport) -> Vec<Row> {
         rows.push(speed("prefill, tokens/s", |s| s.prefill_tokens_per_s));
         rows.push(speed("decode, tokens/s", |s| s.decode_tokens_per_s));
         rows.push(speed("latency, ms per token", |s| s.latency_ms));
+        rows.push(speed("first token, ms", |s| s.first_token_ms));
     }
-    rows.push(row("peak memory".into(), &bytes, &|s| Some(s.peak_memory_bytes as f64)));
+    if all.iter().any(|s| s.flops_per_token > 0) {
+        rows.push(row("operations per token".into(), &amount, &|s| Some(s.flops_per_token as f64)));
+    }
+    rows.extend(written_rows(&all));
+    if all.iter().any(|s| s.peak_memory_bytes > 0) {
+        rows.push(row("peak memory".into(), &bytes, &|s| Some(s.peak_memory_bytes as f64)));
+    }
     rows
+}
+
+/// A row whose cells come from `value`, said by `text`, with their ratios to the base model's.
+fn row(
+    all: &[&Scores],
+    label: String,
+    text: &dyn Fn(f64) -> String,
+    value: &dyn Fn(&Scores) -> Option<f64>,
+) -> Row {
+    let base = value(all[0]);
+    let cell = |(i, s): (usize, &&Scores)| {
+        let found = value(s);
+        let ratio = match (found, base) {
+            (Some(v), Some(b)) if i > 0 && b != 0.0 => Some(v / b),
+            _ => None,
+        };
+        Cell { text: found.map_or("–".into(), text), ratio }
+    };
+    Row { label, cells: all.iter().enumerate().map(cell).collect() }
+}
+
+/// What is known of the written texts.
+fn written_rows(all: &[&Scores]) -> Vec<Row> {
+    if all.iter().all(|s| s.generation.is_none()) {
+        return Vec::new();
+    }
+    let written = |label: &str, digits: usize, value: &dyn Fn(&Generation) -> Option<f64>| {
+        let text = move |v: f64| format!("{v:.digits$}");
+        let mut row = row(all, label.into(), &text, &|s| s.generation.as_ref().and_then(value));
+        // What is best at 0, or a likeness already, has no ratio worth telling.
+        row.cells.iter_mut().for_each(|cell| cell.ratio = None);
+        row
+    };
+    vec![
+        written("broken texts, share", 2, &|g| Some(g.broken)),
+        written("repetition in texts", 2, &|g| Some(g.repetition)),
+        written("surprise of the base model, nats", 2, &|g| Some(g.surprise)),
+        written("BLEU with base texts", 1, &|g| g.likeness.map(|l| l.bleu)),
+        written("chrF with base texts", 1, &|g| g.likeness.map(|l| l.chrf)),
+        written("ROUGE-L with base texts", 3, &|g| g.likeness.map(|l| l.rouge_l)),
+        written("similarity to base texts", 3, &|g| g.likeness.map(|l| l.similarity)),
+    ]
+}
+
+/// The row with the standard errors of perplexity `i`, where they are known.
+fn with_error(mut row: Row, all: &[&Scores], i: usize) -> Row {
+    for (cell, scores) in row.cells.iter_mut().zip(all) {
+        if let Some(p) = scores.perplexity.get(i).filter(|p| p.stderr > 0.0) {
+            write!(cell.text, " ± {:.2}", p.stderr).expect("a text takes all. This is a bug.");
+        }
+    }
+    row
 }
 
 fn accuracy(all: &[&Scores], task: usize, name: &str, by_length: bool) -> Row {
@@ -159,7 +230,7 @@ fn shipped(eval: &EvalReport) -> &Scores {
 }
 
 /// The result in a few sentences, the first one on its own.
-pub fn verdict(report: &Report) -> Vec<String> {
+pub fn summary(report: &Report) -> Vec<String> {
     let (base, out) = (&report.eval.base, shipped(&report.eval));
     let smaller = 100.0 * (1.0 - out.parameters as f64 / base.parameters.max(1) as f64);
     let mut said = vec![format!(
@@ -250,12 +321,37 @@ fn remarks(found: &Findings) -> Vec<String> {
             100.0 * t.stderr
         ));
     }
+    out.extend(remarks_on_items(&found.eval));
     let share = base.embedding_parameters as f64 / base.parameters.max(1) as f64;
     if share > 0.15 {
         out.push(format!(
             "{:.0} % of the base model's parameters are embedding and head, which cutting layers cannot shrink.",
             100.0 * share
         ));
+    }
+    out
+}
+
+/// What a person should know of what was measured on.
+fn remarks_on_items(eval: &EvalReport) -> Vec<String> {
+    let mut out = Vec::new();
+    for Overlap { measured, healed_on, common, total } in &eval.overlap {
+        out.push(format!(
+            "{common} of the {total} items or passages of {measured} have 13 words in a row in common with the healing \
+             text {healed_on}, which flatters the healed model."
+        ));
+    }
+    for task in &eval.base.tasks {
+        let TaskScore { task, n, duplicates, truncated, .. } = task;
+        if *duplicates > 0 {
+            out.push(format!("{duplicates} of the {n} items of {task} stand in its file more than once."));
+        }
+        if *truncated > 0 {
+            out.push(format!(
+                "The context of {truncated} of the {n} items of {task} is longer than the model can take and was cut \
+                 from the left."
+            ));
+        }
     }
     out
 }

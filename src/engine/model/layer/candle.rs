@@ -75,23 +75,21 @@ impl Layer {
         let [q, k, v] = self.queries_keys_values(x)?;
         let q = pass.rotate(&self.q_norm.of_heads(&q)?, s.layer.rope)?;
         let k = pass.rotate(&self.k_norm.of_heads(&k)?, s.layer.rope)?;
-        let groups = pass.groups();
-        let outputs: Vec<Tensor> = match (cache, groups.as_slice()) {
-            (Some(cache), [group]) => {
-                cache.write(pass.cached(), &group.texts_of(&k)?, &group.texts_of(&v)?)?;
-                let (k, v) = cache.until(pass.cached() + group.len)?;
-                vec![self.gather(&group.texts_of(&q)?, &k, &v, pass.cached())?]
-            }
-            (Some(_), _) => candle_core::bail!("texts of several lengths with a cache. This is a bug."),
-            (None, groups) => {
-                let gather = |group: &Group| {
-                    let (k, v) = (group.with_past(&k)?, group.with_past(&v)?);
-                    let past = k.dim(2)? - group.len;
-                    self.gather(&group.texts_of(&q)?, &k, &v, past)
-                };
-                groups.iter().map(gather).collect::<candle_core::Result<_>>()?
-            }
+        let mut cache = cache;
+        let gather = |group: &Group| {
+            let (k, v) = match (&mut cache, group.slot) {
+                (Some(cache), Some(slot)) => {
+                    let slots = group.slots(slot);
+                    cache.write(&slots, slot.read, &group.texts_of(&k)?, &group.texts_of(&v)?)?;
+                    cache.until(&slots, slot.read + group.len)?
+                }
+                (None, None) => (group.with_past(&k)?, group.with_past(&v)?),
+                (Some(_), None) | (None, Some(_)) => candle_core::bail!("half a cache. This is a bug."),
+            };
+            let past = k.dim(2)? - group.len;
+            self.gather(&group.texts_of(&q)?, &k, &v, past)
         };
+        let outputs = pass.groups().iter().map(gather).collect::<candle_core::Result<Vec<_>>>()?;
         self.role(Role::Output)?.forward(&Tensor::cat(&outputs, 0)?)
     }
 

@@ -344,36 +344,32 @@ impl Layer {
         (gathered, log_sums): (&mut [f32], &mut [f32]),
     ) -> Result<()> {
         let (kv, d) = (self.shape.kv_heads, self.shape.head_dim);
-        let texts = pass.sequences();
-        let t = texts.first().map_or(0, |text| text.queries.len());
-        if texts.iter().any(|text| text.queries.len() != t || text.past() > 0) {
-            candle_core::bail!("texts of several lengths with a cache. This is a bug.")
+        let mut sequences = Vec::with_capacity(pass.sequences().len());
+        let capacity = cache.all().0.dim(2)?;
+        for group in pass.groups() {
+            let (Some(slot), []) = (group.slot, group.past.as_slice()) else {
+                candle_core::bail!("a text without a place in the cache. This is a bug.")
+            };
+            let t = group.len;
+            let by_head = |(start, step): (usize, usize)| {
+                let mut out = Vec::with_capacity(group.texts * kv * t * d);
+                for (text, head) in (0..group.texts).flat_map(|text| (0..kv).map(move |head| (text, head))) {
+                    for row in group.first + text * t..group.first + (text + 1) * t {
+                        let at = row * places.width + start + head * step;
+                        out.extend_from_slice(&qkv[at..at + d]);
+                    }
+                }
+                Tensor::from_vec(out, (group.texts, kv, t, d), &Device::Cpu)
+            };
+            let slots = group.slots(slot);
+            cache.write(&slots, slot.read, &by_head(places.k)?, &by_head(places.v)?)?;
+            sequences.extend(slots.enumerate().map(|(text, slot_index)| {
+                let (row, key) = (group.first + text * t, slot_index * kv * capacity);
+                let keys = key..key + slot.read + t;
+                Sequence { queries: row..row + t, keys: std::iter::once(keys).collect() }
+            }));
         }
-        let by_head = |(start, step): (usize, usize)| {
-            let mut out = Vec::with_capacity(texts.len() * kv * t * d);
-            for (text, head) in texts.iter().flat_map(|text| (0..kv).map(move |head| (text, head))) {
-                for row in text.queries.clone() {
-                    let at = row * places.width + start + head * step;
-                    out.extend_from_slice(&qkv[at..at + d]);
-                }
-            }
-            Tensor::from_vec(out, (texts.len(), kv, t, d), &Device::Cpu)
-        };
-        cache.write(pass.cached(), &by_head(places.k)?, &by_head(places.v)?)?;
         let (keys, values) = cache.all();
-        let capacity = keys.dim(2)?;
-        let seen = pass.cached() + t;
-        let sequences: Vec<Sequence> = texts
-            .iter()
-            .enumerate()
-            .map(|(i, text)| {
-                let first = i * kv * capacity;
-                Sequence {
-                    queries: text.queries.clone(),
-                    keys: std::iter::once(first..first + seen).collect(),
-                }
-            })
-            .collect();
         let lie = Heads { values: &[], start: 0, row: d, head: capacity * d };
         with(keys, |keys| {
             with(values, |values| {

@@ -7,12 +7,13 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::checkpoint::{Config, Rope};
 use crate::engine::model::batch::Batch;
+use crate::engine::model::cache::Slot;
 use crate::engine::model::kernel::attention::Sequence;
 
 pub struct Pass {
     sequences: Vec<Sequence>,
-    /// Tokens of each text that a cache holds.
-    cached: usize,
+    /// Where a cache holds the beginning of each text; empty without a cache.
+    slots: Vec<Slot>,
     /// For each of the model's rotations.
     angles: Vec<Angles>,
     /// The same as tensors, for layers on candle.
@@ -33,26 +34,23 @@ pub(super) struct Group {
     pub first: usize,
     pub texts: usize,
     pub len: usize,
+    /// Where a cache holds the beginning of the first; those of the others lie behind it, and are as long.
+    pub slot: Option<Slot>,
     /// Rows before those, in the order of the text; of a single text only.
     pub past: Vec<Range<usize>>,
 }
 
 impl Pass {
-    /// For texts of which a cache holds the first `cached` tokens; those of a batch that share rows share
-    /// their angles.
-    pub fn new(config: &Config, batch: &Batch, cached: usize, dtype: DType, device: &Device) -> Self {
+    /// For texts that begin here, or of which a cache holds the beginning in `slots`; those of a batch that share
+    /// rows share their angles.
+    pub fn new(config: &Config, batch: &Batch, slots: Vec<Slot>, dtype: DType, device: &Device) -> Self {
         let sequences = batch.sequences.clone();
-        let angles = config.ropes.iter().map(|rope| Angles::of(rope, &sequences, cached)).collect();
-        Self { sequences, cached, angles, tables: OnceLock::new(), dtype, device: device.clone() }
+        let angles = config.ropes.iter().map(|rope| Angles::of(rope, &sequences, &slots)).collect();
+        Self { sequences, slots, angles, tables: OnceLock::new(), dtype, device: device.clone() }
     }
 
     pub fn sequences(&self) -> &[Sequence] {
         &self.sequences
-    }
-
-    /// Tokens of each text that a cache holds.
-    pub fn cached(&self) -> usize {
-        self.cached
     }
 
     /// The angles of one of the model's rotations.
@@ -78,26 +76,44 @@ impl Pass {
     /// The texts in runs of one length, for which one product does.
     pub(super) fn groups(&self) -> Vec<Group> {
         let mut out: Vec<Group> = Vec::new();
-        for Sequence { queries, keys } in &self.sequences {
+        for (i, Sequence { queries, keys }) in self.sequences.iter().enumerate() {
             let past = keys[..keys.len() - 1].to_vec();
+            let slot = self.slots.get(i).copied();
             match out.last_mut() {
-                Some(group) if group.len == queries.len() && group.past.is_empty() && past.is_empty() => {
+                Some(group)
+                    if group.len == queries.len()
+                        && group.past.is_empty()
+                        && past.is_empty()
+                        && group.next_slot() == slot =>
+                {
                     group.texts += 1;
                 }
-                _ => out.push(Group { first: queries.start, texts: 1, len: queries.len(), past }),
+                _ => out.push(Group { first: queries.start, texts: 1, len: queries.len(), slot, past }),
             }
         }
         out
     }
 }
 
+impl Group {
+    /// Where the text behind its last would lie.
+    fn next_slot(&self) -> Option<Slot> {
+        self.slot.map(|slot| Slot { index: slot.index + self.texts, ..slot })
+    }
+
+    /// Where a cache holds its texts.
+    pub fn slots(&self, slot: Slot) -> Range<usize> {
+        slot.index..slot.index + self.texts
+    }
+}
+
 impl Angles {
-    fn of(rope: &Rope, sequences: &[Sequence], cached: usize) -> Self {
+    fn of(rope: &Rope, sequences: &[Sequence], slots: &[Slot]) -> Self {
         let pairs = rope.pairs();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         let mut table = (0..0, Vec::new(), Vec::new());
-        for sequence in sequences {
-            let start = cached + sequence.past();
+        for (i, sequence) in sequences.iter().enumerate() {
+            let start = slots.get(i).map_or(0, |slot| slot.read) + sequence.past();
             let wanted = start..start + sequence.queries.len();
             if table.0 != wanted {
                 let (cos, sin) = rope.tables(wanted.start, wanted.len());
