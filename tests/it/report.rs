@@ -491,12 +491,14 @@ fn reports_stand_side_by_side_behind_the_base_model_they_have_in_common() {
     let mut both = [named("a", true), named("b", false)];
     both[1].1.eval.base.tasks.clear();
     both[1].1.eval.pruned.tasks.clear();
+    both[1].1.eval.base.peak_memory_bytes += 1_000_000;
     let rows = side_by_side(&both);
     assert_eq!(rows[0].1, ["base", "a", "b"]);
     let row = |label: &str| rows.iter().find(|(l, _)| l == label).unwrap().1.clone();
     assert_eq!(row("verdict"), ["–", "reject", "reject"]);
     assert_eq!(row("perplexity, garden.txt"), ["18.70 ± 0.25", "24.90 ± 0.25", "57.10 ± 0.25"]);
     assert_eq!(row("accuracy, plants"), ["0.412 ± 0.021", "0.395 ± 0.021", "–"]);
+    assert_eq!(row("peak memory")[0], "differs", "only what all say alike is the base model's");
     both[1].1.model_digest = "another".into();
     assert_eq!(side_by_side(&both)[0].1, ["a", "b"]);
 }

@@ -6,13 +6,9 @@ use crate::job::report::{Estimate, Report};
 /// A row of labels and cells for what `reports` tell of the checkpoints that they ship; where all have the same base
 /// model, that stands in front. The first row holds the names.
 pub fn side_by_side(reports: &[(String, Report)]) -> Vec<(String, Vec<String>)> {
-    let base = reports
-        .first()
-        .filter(|(_, first)| reports.iter().all(|(_, r)| r.model_digest == first.model_digest));
     let mut columns: Vec<(String, Vec<(String, String)>)> = Vec::new();
-    if let Some((_, first)) = base {
-        let of = |row: Row| row.cells.into_iter().next().map(|cell| (row.label, cell.text));
-        columns.push(("base".into(), comparison(&first.eval).into_iter().filter_map(of).collect()));
+    if reports.iter().all(|(_, report)| report.model_digest == reports[0].1.model_digest) {
+        columns.push(("base".into(), base(reports)));
     }
     for (name, report) in reports {
         let of = |row: Row| row.cells.into_iter().last().map(|cell| (row.label, cell.text));
@@ -33,6 +29,21 @@ pub fn side_by_side(reports: &[(String, Report)]) -> Vec<(String, Vec<String>)> 
         .iter()
         .map(|label| ((*label).clone(), columns.iter().map(|(_, cells)| cell(cells, label)).collect()));
     std::iter::once((String::new(), names)).chain(rows).collect()
+}
+
+/// What all reports that tell it say alike of the base model: its scores on other items, or at another time of day, are
+/// not those that a checkpoint is to be compared with.
+fn base(reports: &[(String, Report)]) -> Vec<(String, String)> {
+    let mut out: Vec<(String, String)> = Vec::new();
+    for row in reports.iter().flat_map(|(_, report)| comparison(&report.eval)) {
+        let Some(cell) = row.cells.into_iter().next() else { continue };
+        match out.iter_mut().find(|(label, _)| *label == row.label) {
+            None => out.push((row.label, cell.text)),
+            Some((_, said)) if *said != cell.text => *said = "differs".into(),
+            Some(_) => {}
+        }
+    }
+    out
 }
 
 /// What a report says beside the scores.
