@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::support::program::{Bench, events, finished, stderr, tree};
 use crate::support::tiny::Tiny;
 
-const HEALING: fn(&Event) -> bool = |event| matches!(event, Event::Advanced { stage: Stage::Heal, task, done: 3.., .. } if task == "training adapters");
+const HEALING: fn(&Event) -> bool = |event| matches!(event, Event::Advanced { stage: Stage::Heal, task, done: 3.., .. } if task == "training");
 
 fn signal(child: &Child, signal: i32) {
     let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
