@@ -69,6 +69,18 @@ pub async fn remove_workspace(workspace: &Path) {
     }
 }
 
+/// Hands the workspace of a job that failed or was cancelled on to the one that tries it again, which finds in it what
+/// it need not compute anew. Nothing is there when another try has it already, or it was swept.
+pub fn inherit(from: &Path, to: &Path) -> io::Result<()> {
+    if to.exists() {
+        return Ok(());
+    }
+    match fs::rename(from, to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Looks after what no single worker looks after. Each process has one; they
 /// need no leader.
 pub struct Steward {
@@ -125,15 +137,16 @@ impl Steward {
         Ok(())
     }
 
-    /// Removes workspaces of jobs that have ended and stored files no commit names.
+    /// Removes workspaces nobody goes on in, stored files no commit names, and requests that are forgotten.
     async fn sweep(&self) -> Result<(), Error> {
         let work = self.settings.data.join("work");
         let (store, at) = (self.store.clone(), work.clone());
         let listed =
             tokio::task::spawn_blocking(move || (workspaces(&at), store.epochs().unwrap_or_default()));
         let Ok((workspaces, epochs)) = listed.await else { return Ok(()) };
-        let unfinished = self.database.jobs_unfinished(&workspaces).await?;
-        for id in workspaces.into_iter().filter(|id| !unfinished.contains(id)) {
+        self.database.forget_old_requests().await?;
+        let wanted = self.database.workspaces_wanted(&workspaces, self.settings.keep_failed).await?;
+        for id in workspaces.into_iter().filter(|id| !wanted.contains(id)) {
             remove_workspace(&work.join(id.to_string())).await;
         }
         let wanted = self.database.epochs_wanted(&epochs).await?;

@@ -6,11 +6,15 @@ mod api_artifacts;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_auth;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod api_bundle;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_events;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_http;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_jobs;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod api_requests;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_spec;
 #[cfg(feature = "engine")]

@@ -17,6 +17,8 @@ pub use openapi::document;
 mod admission;
 mod artifacts;
 mod auth;
+mod bundle;
+mod create;
 mod edge;
 mod events;
 mod extract;
@@ -29,6 +31,7 @@ mod page;
 mod problem;
 mod range;
 mod results;
+mod workers;
 
 /// What every request can reach.
 #[derive(Clone)]
