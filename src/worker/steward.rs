@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{Settings, StartError};
 use crate::service::db::{Database, Dead, Error, Signal};
-use crate::service::store::{Store, epoch_prefix};
+use crate::service::store::{Store, epoch_prefix, upload_prefix};
 
 const SWEEP_EVERY: Duration = Duration::from_mins(5);
 
@@ -137,6 +137,21 @@ impl Steward {
         Ok(())
     }
 
+    /// Removes uploads that were never completed, and files of uploads that are forgotten.
+    async fn sweep_uploads(&self) -> Result<(), Error> {
+        self.database.forget_stale_uploads().await?;
+        // The row comes before the file: a file that is seen here and has no row is nobody's.
+        let store = self.store.clone();
+        let Ok(Ok(ids)) = tokio::task::spawn_blocking(move || store.uploads()).await else { return Ok(()) };
+        let wanted = self.database.uploads_wanted(&ids).await?;
+        for id in ids.into_iter().filter(|id| !wanted.contains(id)) {
+            if let Err(error) = self.store.remove(&upload_prefix(id)) {
+                tracing::warn!(%error, upload = %id, "the file of an upload is not removed");
+            }
+        }
+        Ok(())
+    }
+
     /// Removes workspaces nobody goes on in, stored files no commit names, and requests that are forgotten.
     async fn sweep(&self) -> Result<(), Error> {
         let work = self.settings.data.join("work");
@@ -145,6 +160,7 @@ impl Steward {
             tokio::task::spawn_blocking(move || (workspaces(&at), store.epochs().unwrap_or_default()));
         let Ok((workspaces, epochs)) = listed.await else { return Ok(()) };
         self.database.forget_old_requests().await?;
+        self.sweep_uploads().await?;
         let wanted = self.database.workspaces_wanted(&workspaces, self.settings.keep_failed).await?;
         for id in workspaces.into_iter().filter(|id| !wanted.contains(id)) {
             remove_workspace(&work.join(id.to_string())).await;

@@ -12,11 +12,15 @@ mod api_events;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_http;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod api_hub;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_jobs;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_requests;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_spec;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod api_uploads;
 #[cfg(feature = "engine")]
 mod bad_input;
 #[cfg(feature = "engine")]

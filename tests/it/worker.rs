@@ -9,9 +9,9 @@ use secateur::job::progress::{Event, Stage};
 use secateur::job::report::FailureKind;
 use secateur::job::spec::JobSpec;
 use secateur::job::state::JobState;
-use secateur::service::db::{Database, Dead, Entry, JobRow, Limits, NewJob, Tenant};
+use secateur::service::db::{Database, Dead, Entry, JobRow, Limits, NewJob, Tenant, UploadRow};
 use secateur::service::local_pg::LocalPg;
-use secateur::service::store::Store;
+use secateur::service::store::{Store, upload_prefix};
 use secateur::worker::{self, Settings, Shutdown, StartError};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -196,6 +196,40 @@ async fn a_job_on_the_result_of_another_is_given_its_healed_checkpoint() {
     let orphan = shop.submit_on("succeed", json!({"from": "job", "job_id": Uuid::nil()})).await;
     let failure = shop.end(orphan).await.failure.unwrap();
     assert_eq!(failure.kind, FailureKind::Model);
+    shop.close().await;
+}
+
+#[tokio::test]
+async fn a_text_that_was_brought_is_given_to_the_run_as_a_file() {
+    let shop = Shop::open().await;
+    let id = Uuid::now_v7();
+    let row = UploadRow {
+        id,
+        name: "corpus.txt".into(),
+        location: format!("{}/corpus.txt", upload_prefix(id)),
+        size_bytes: 5,
+        sha256: "0".repeat(64),
+        part_size_bytes: 5,
+        created_at: shop.database.ping().await.unwrap(),
+        completed_at: None,
+    };
+    assert!(shop.database.upload_insert(TENANT, &row, 100).await.unwrap());
+    let store = Store::open(shop.store()).unwrap();
+    fs::write(store.place(&row.location).unwrap(), "words").unwrap();
+    let spec = json!({
+        "name": "succeed", "model": {"from": "path", "path": "/models/tiny"}, "prune": {"amount": {"layers": 1}},
+        "calibration": {"corpus": {"from": "upload", "upload_id": id}},
+    });
+    let new = NewJob::new(JobSpec::read(spec).unwrap());
+    let early = shop.database.job_insert(TENANT, &new).await.unwrap().id;
+    assert_eq!(shop.end(early).await.failure.unwrap().kind, FailureKind::Data, "it is not complete");
+    shop.database.upload_complete(TENANT, id).await.unwrap();
+    let job = shop.database.job_insert(TENANT, &new).await.unwrap().id;
+    assert_eq!(shop.end(job).await.state, JobState::Succeeded);
+    let told = fs::read(shop.store().join(format!("jobs/{job}/e1/healed/spec.json"))).unwrap();
+    let told: JobSpec = serde_json::from_slice(&told).unwrap();
+    let path = shop.store().canonicalize().unwrap().join(&row.location);
+    assert_eq!(json!(told.calibration.corpus), json!({"from": "path", "path": path}));
     shop.close().await;
 }
 

@@ -12,6 +12,7 @@ mod leases;
 mod requests;
 mod signals;
 mod stages;
+mod uploads;
 mod workers;
 
 use std::time::Duration;
@@ -32,6 +33,7 @@ pub use leases::{Dead, Lease, Limits, Progress, Renewal};
 pub use requests::{Inserted, Once};
 pub use signals::Signal;
 pub use stages::{StageRow, StageState};
+pub use uploads::{UploadDeletion, UploadPart, UploadRow};
 pub use workers::{WorkerRow, WorkerSelf};
 
 /// Who owns a job.

@@ -240,7 +240,7 @@ fn encoded(path: &str) -> String {
 }
 
 /// RFC 4648, with padding: digests of 32 bytes need no crate.
-fn base64(bytes: &[u8]) -> String {
+pub fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for chunk in bytes.chunks(3) {

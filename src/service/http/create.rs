@@ -15,7 +15,7 @@ use super::job::Job;
 use super::jobs::{job_row, shown, tagged};
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
-use crate::job::spec::{JobSpec, ModelSource};
+use crate::job::spec::{Corpus, JobSpec, ModelSource};
 use crate::job::state::JobState;
 use crate::service::db::{Database, Inserted, JobRow, NewJob, Once, Tenant};
 
@@ -168,6 +168,7 @@ async fn created(state: &AppState, row: JobRow) -> Result<Response, Problem> {
 
 async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -> Result<JobSpec, Problem> {
     check_source(&state.database, tenant, &spec).await?;
+    check_uploads(&state.database, tenant, &mut spec).await?;
     let roots = state.roots.clone();
     let admitted =
         tokio::task::spawn_blocking(move || admission::admit(&mut spec, &roots).map(|()| spec)).await;
@@ -183,6 +184,21 @@ async fn check_source(database: &Database, tenant: Tenant, spec: &JobSpec) -> Re
         None => "there is no such job".into(),
     };
     Err(Problem::spec(vec![Complaint { pointer: "/model/job_id".into(), message }]))
+}
+
+/// Texts that the caller is to have brought.
+async fn check_uploads(database: &Database, tenant: Tenant, spec: &mut JobSpec) -> Result<(), Problem> {
+    let mut complaints = Vec::new();
+    for (pointer, corpus) in spec.corpora_mut() {
+        let Corpus::Upload { upload_id } = corpus else { continue };
+        let message = match database.upload(tenant, *upload_id).await? {
+            Some(upload) if upload.completed_at.is_some() => continue,
+            Some(_) => "that upload is not complete: send its parts, then POST …/complete",
+            None => "there is no such upload",
+        };
+        complaints.push(Complaint { pointer: format!("{pointer}/upload_id"), message: message.into() });
+    }
+    if complaints.is_empty() { Ok(()) } else { Err(Problem::spec(complaints)) }
 }
 
 /// How the caller marks this request, if at all; `asked` is what makes it the same.

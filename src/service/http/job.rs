@@ -90,6 +90,8 @@ pub struct Links {
     pub report: String,
     pub artifacts: String,
     pub bundle: String,
+    /// The result as a model of the Hugging Face Hub; its name there is the job's id.
+    pub hub: String,
 }
 
 /// A page of a list.
@@ -179,6 +181,7 @@ impl Links {
             report: below("report"),
             artifacts: below("artifacts"),
             bundle: below("bundle.tar"),
+            hub: format!("/hf/api/models/{id}"),
         }
     }
 }

@@ -20,6 +20,7 @@ pub enum Code {
     InvalidId,
     InvalidHeader,
     InvalidSpec,
+    InvalidUpload,
     IdempotencyKeyReused,
     Unauthorized,
     Forbidden,
@@ -29,6 +30,10 @@ pub enum Code {
     JobNotFound,
     JobDeleted,
     ArtifactNotFound,
+    UploadNotFound,
+    UploadIncomplete,
+    DigestMismatch,
+    QuotaExceeded,
     ResultNotReady,
     MethodNotAllowed,
     NotAcceptable,
@@ -55,12 +60,13 @@ const fn row(name: &'static str, status: StatusCode, title: &'static str, remedy
 }
 
 impl Code {
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 30] = [
         Self::InvalidJson,
         Self::InvalidQuery,
         Self::InvalidId,
         Self::InvalidHeader,
         Self::InvalidSpec,
+        Self::InvalidUpload,
         Self::IdempotencyKeyReused,
         Self::Unauthorized,
         Self::Forbidden,
@@ -70,6 +76,10 @@ impl Code {
         Self::JobNotFound,
         Self::JobDeleted,
         Self::ArtifactNotFound,
+        Self::UploadNotFound,
+        Self::UploadIncomplete,
+        Self::DigestMismatch,
+        Self::QuotaExceeded,
         Self::ResultNotReady,
         Self::MethodNotAllowed,
         Self::NotAcceptable,
@@ -102,6 +112,8 @@ impl Code {
             Self::InvalidSpec => row("invalid-spec", S::UNPROCESSABLE_ENTITY, "The job spec cannot be run",
                 "`errors` lists everything that is wrong, each with a JSON pointer to its place in the body. Nothing was \
                  created; mend all of it and send it again."),
+            Self::InvalidUpload => row("invalid-upload", S::UNPROCESSABLE_ENTITY, "The upload cannot be taken",
+                "`errors` lists everything that is wrong, each with its place."),
             Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed",
                 "Send `Authorization: Bearer sct_…` with a key this service knows."),
             Self::Forbidden => row("forbidden", S::FORBIDDEN, "The API key does not allow this",
@@ -120,6 +132,14 @@ impl Code {
                 "It and its files are gone; the detail says since when. Nothing brings them back."),
             Self::ArtifactNotFound => row("artifact-not-found", S::NOT_FOUND, "The job has no such file",
                 "The job's list of artifacts names every file it left, path and all."),
+            Self::UploadNotFound => row("upload-not-found", S::NOT_FOUND, "There is no such upload",
+                "It never existed, was deleted, or was not completed within a day. The list of uploads shows those there are."),
+            Self::UploadIncomplete => row("upload-incomplete", S::CONFLICT, "Parts of the upload are missing",
+                "The detail names them; send them and complete the upload again."),
+            Self::DigestMismatch => row("digest-mismatch", S::BAD_REQUEST, "The bytes are not what their digest says",
+                "They were damaged on their way, or are those of another file. Send them again."),
+            Self::QuotaExceeded => row("quota-exceeded", S::PAYLOAD_TOO_LARGE, "There is no room for it",
+                "The detail says how much there may be; delete what is not needed any more."),
             Self::ResultNotReady => row("result-not-ready", S::NOT_FOUND, "The result is not there yet",
                 "The stage that makes it has not finished, or the job ended before it. Follow the job's events."),
             Self::MethodNotAllowed => row("method-not-allowed", S::METHOD_NOT_ALLOWED, "This route has no such method",
@@ -187,6 +207,15 @@ impl Problem {
             more => format!("{} things are wrong with the spec.", more.len()),
         };
         Self { errors, ..Self::new(Code::InvalidSpec, detail) }
+    }
+
+    /// What is wrong with an upload.
+    pub fn upload(errors: Vec<Complaint>) -> Self {
+        let detail = match errors.as_slice() {
+            [one] => one.to_string(),
+            more => format!("{} things are wrong with the upload.", more.len()),
+        };
+        Self { errors, ..Self::new(Code::InvalidUpload, detail) }
     }
 
     /// Our own fault. What happened goes to the log, not to the caller.
