@@ -42,6 +42,8 @@ mod fetch;
 mod heal;
 #[cfg(feature = "engine")]
 mod heal_stage;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod jobs_command;
 #[cfg(feature = "service")]
 mod leases;
 #[cfg(feature = "service")]
