@@ -2,15 +2,18 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 #[cfg(feature = "service")]
 mod api;
 #[cfg(feature = "engine")]
 mod compare;
+mod completions;
 #[cfg(feature = "engine")]
 mod generate;
 mod inspect;
+#[cfg(feature = "service")]
+mod jobs;
 #[cfg(feature = "service")]
 mod migrate;
 mod models;
@@ -27,6 +30,8 @@ mod prune;
 #[cfg(feature = "engine")]
 mod run;
 mod size;
+#[cfg(any(feature = "engine", feature = "service"))]
+mod spec;
 #[cfg(feature = "engine")]
 mod sweep;
 #[cfg(feature = "service")]
@@ -54,6 +59,9 @@ enum Command {
     /// Run jobs only.
     #[cfg(feature = "service")]
     Worker(worker::Args),
+    /// Ask a service for jobs, follow them, fetch what they leave.
+    #[cfg(feature = "service")]
+    Jobs(jobs::Args),
     /// Run one job here: no server, no database.
     #[cfg(feature = "engine")]
     Run(run::Args),
@@ -79,6 +87,8 @@ enum Command {
     /// Print the OpenAPI document.
     #[cfg(feature = "service")]
     Openapi(openapi::Args),
+    /// Print a script that completes these commands in a shell.
+    Completions(completions::Args),
 }
 
 /// Parses the command line and runs the command.
@@ -90,6 +100,8 @@ pub fn main() -> ExitCode {
         Command::Api(args) => api::run(args),
         #[cfg(feature = "service")]
         Command::Worker(args) => worker::run(args),
+        #[cfg(feature = "service")]
+        Command::Jobs(args) => jobs::run(args),
         #[cfg(feature = "engine")]
         Command::Run(args) => run::run(args),
         #[cfg(feature = "engine")]
@@ -106,6 +118,7 @@ pub fn main() -> ExitCode {
         Command::Migrate(args) => migrate::run(args),
         #[cfg(feature = "service")]
         Command::Openapi(args) => openapi::run(args),
+        Command::Completions(args) => completions::run(args, Cli::command()),
     };
     result.unwrap_or_else(|error| {
         eprintln!("secateur: {error:#}");

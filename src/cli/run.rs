@@ -1,12 +1,9 @@
 //! `secateur run`: one job here, no server, no database.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
 use candle_core::{DType, Device};
-use serde_json::Value;
 
 use super::observe::{JsonLines, Terminal};
 use super::process;
@@ -123,7 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(EventFormat::Jsonl) => Box::new(JsonLines::default()),
         None => Box::new(Terminal::new()),
     };
-    let value = match read_spec(&args.spec) {
+    let value = match super::spec::read(&args.spec) {
         Ok(value) => value,
         Err(e) => return Ok(end(Trouble::unreadable(&e), &*observer)),
     };
@@ -205,24 +202,6 @@ pub fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
             process::stop_signal().map_or(ExitCode::FAILURE, |signal| ExitCode::from(128 + signal as u8))
         }
     }
-}
-
-pub fn read_spec(source: &str) -> anyhow::Result<Value> {
-    let mut text = String::new();
-    if source == "-" {
-        std::io::stdin().read_to_string(&mut text).context("standard input")?;
-        return serde_json::from_str(&text).context("standard input is not JSON");
-    }
-    text = std::fs::read_to_string(source).with_context(|| source.to_owned())?;
-    let extension = Path::new(source).extension().and_then(|e| e.to_str()).unwrap_or("");
-    let parsed = match extension.to_ascii_lowercase().as_str() {
-        "yaml" | "yml" => serde_yaml_ng::from_str(&text).map_err(anyhow::Error::from),
-        "toml" => toml::from_str(&text).map_err(anyhow::Error::from),
-        _ => serde_json::from_str(&text).map_err(anyhow::Error::from),
-    };
-    parsed.with_context(|| {
-        format!("{source} cannot be read as {}", if extension.is_empty() { "json" } else { extension })
-    })
 }
 
 fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {

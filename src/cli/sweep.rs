@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use super::observe::Terminal;
 use super::process;
-use super::run::{ComputeArgs, Trouble, end, go, read_spec};
+use super::run::{ComputeArgs, Trouble, end, go};
+use super::spec;
 use crate::engine::report::sweep::{missing, page, side_by_side};
 use crate::engine::workspace::{write_atomic, write_json};
 use crate::engine::{Error, at};
@@ -59,8 +60,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// Runs what is not done yet; says whether a job failed.
 fn sweep(args: &Args, observer: &dyn Observer) -> Result<bool, Trouble> {
-    let value = read_spec(&args.spec).map_err(|e| Trouble::unreadable(&e))?;
-    let (spec, children) = SweepSpec::read(value).map_err(Trouble::BadSpec)?;
+    let value = spec::read(&args.spec).map_err(|e| Trouble::unreadable(&e))?;
+    let (asked, children) = SweepSpec::read(value).map_err(Trouble::BadSpec)?;
     let rows = children.iter().map(|child| SweepRow {
         name: child.name.clone(),
         strategy: child.spec.prune.strategy,
@@ -71,7 +72,7 @@ fn sweep(args: &Args, observer: &dyn Observer) -> Result<bool, Trouble> {
         on_front: false,
     });
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    let mut report = SweepReport { secateur_version: version, spec, base: None, rows: rows.collect() };
+    let mut report = SweepReport { secateur_version: version, spec: asked, base: None, rows: rows.collect() };
     for (i, child) in children.iter().enumerate() {
         println!("\n{} ({} of {})", child.name, i + 1, children.len());
         match done(args, child).map_or_else(|| job(args, child, observer), Ok) {

@@ -440,19 +440,14 @@ fn check_corpus(corpus: &Corpus, at: &str, out: &mut Complaints) {
                 out.add(&format!("{at}/file"), "must be the path of a file inside the repository");
             }
         }
-        Corpus::Upload { .. } => {
-            out.add(
-                &format!("{at}/from"),
-                "uploads are not available in this version; use \"path\" or \"text\"",
-            );
-        }
         Corpus::Text { text } if text.trim().is_empty() => out.add(&format!("{at}/text"), "is empty"),
         Corpus::Text { text } if text.len() > MAX_TEXT_BYTES => {
             out.add(&format!("{at}/text"), "is longer than 8 MiB; put it into a file");
         }
         Corpus::Model { tokens: Some(0) } => out.add(&format!("{at}/tokens"), "must be at least 1"),
         Corpus::Mix { of } => check_mix(of, at, out),
-        Corpus::Text { .. } | Corpus::Model { .. } => {}
+        // The service knows which uploads there are.
+        Corpus::Text { .. } | Corpus::Model { .. } | Corpus::Upload { .. } => {}
     }
 }
 

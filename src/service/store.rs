@@ -34,6 +34,11 @@ pub fn epoch_prefix(job: Uuid, epoch: i64) -> String {
     format!("jobs/{job}/e{epoch}")
 }
 
+/// The prefix of an upload's file.
+pub fn upload_prefix(upload: Uuid) -> String {
+    format!("uploads/{upload}")
+}
+
 impl Store {
     /// Opens the store in `root`, which is made when missing.
     pub fn open(root: impl Into<PathBuf>) -> io::Result<Self> {
@@ -50,6 +55,18 @@ impl Store {
     pub fn path(&self, key: &str) -> io::Result<PathBuf> {
         let path = self.resolve(key)?;
         if path.is_file() { Ok(path) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    /// Where the file behind `key` is to be written, its directory made.
+    pub fn place(&self, key: &str) -> io::Result<PathBuf> {
+        let path = self.resolve(key)?;
+        fs::create_dir_all(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?;
+        Ok(path)
+    }
+
+    /// What the file behind `key` comes to now.
+    pub fn digest(&self, key: &str) -> io::Result<Stored> {
+        digest(&self.path(key)?)
     }
 
     /// Stores a copy of `file` under `key`, durably: hashed, written, synced.
@@ -92,6 +109,11 @@ impl Store {
             }
         }
         Ok(found)
+    }
+
+    /// The uploads that have a file here.
+    pub fn uploads(&self) -> io::Result<Vec<Uuid>> {
+        Ok(names(&self.root.join("uploads"))?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
     fn resolve(&self, key: &str) -> io::Result<PathBuf> {

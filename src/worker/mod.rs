@@ -51,6 +51,8 @@ pub struct Settings {
     pub stop_grace: Duration,
     /// How long a child may go on while the database is away.
     pub max_offline: Duration,
+    /// How long the workspace of a job that failed or was cancelled waits for another try.
+    pub keep_failed: Duration,
     pub limits: Limits,
 }
 
@@ -65,6 +67,7 @@ impl Settings {
             poll: Duration::from_secs(5),
             stop_grace: Duration::from_secs(60),
             max_offline: Duration::from_mins(30),
+            keep_failed: Duration::from_hours(24),
             limits: Limits::default(),
         })
     }
@@ -144,6 +147,8 @@ impl Worker {
             pid: std::process::id() as i32,
             device: self.device.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
+            core_count: std::thread::available_parallelism().map_or(1, |n| n.get() as i32),
+            memory_bytes: machine_memory_bytes(),
         };
         self.database.worker_started(&me).await?;
         let dead = self.database.reap(Dead::Worker(self.id), self.settings.limits).await?;
@@ -210,7 +215,8 @@ impl Worker {
         match ended {
             Ok(state) => {
                 tracing::info!(job = %job.id, epoch = job.epoch, %state, "attempt ended");
-                if state.is_terminal() {
+                // One that failed or was cancelled may be tried again: its records stay for a time.
+                if state == JobState::Succeeded {
                     steward::remove_workspace(&workspace).await;
                 }
             }
@@ -229,6 +235,9 @@ impl Worker {
             stage: None,
             message: format!("cannot make the workspace {}: {e}", workspace.display()),
         };
+        if let Some(before) = job.retry_of {
+            steward::inherit(&workspace.with_file_name(before.to_string()), workspace).map_err(storage)?;
+        }
         std::fs::create_dir_all(workspace).map_err(storage)?;
         let spec = product::resolve(&self.database, &self.store, job).await?;
         Ok(serde_json::to_vec(&spec).expect("a spec is JSON. This is a bug."))
@@ -262,4 +271,9 @@ impl Worker {
             Outcome::Lost | Outcome::Succeeded => Err(Error::LeaseLost),
         }
     }
+}
+
+fn machine_memory_bytes() -> i64 {
+    let info = rustix::system::sysinfo();
+    i64::try_from(u64::from(info.mem_unit).saturating_mul(info.totalram as u64)).unwrap_or(i64::MAX)
 }

@@ -4,9 +4,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use uuid::Uuid;
+
 use crate::job::report::{Failure, FailureKind};
-use crate::job::spec::{JobSpec, ModelSource};
-use crate::service::db::{Database, JobRow, Lease, NewArtifact};
+use crate::job::spec::{Corpus, JobSpec, ModelSource};
+use crate::service::db::{Database, JobRow, Lease, NewArtifact, Tenant};
 use crate::service::store::{Store, epoch_prefix};
 
 /// What a run leaves in its workspace for people; all else is its own record.
@@ -18,23 +20,43 @@ const CHECKPOINTS: [&str; 2] = ["healed", "pruned"];
 /// The spec with names that only the service knows turned into paths.
 pub async fn resolve(database: &Database, store: &Store, job: &JobRow) -> Result<JobSpec, Failure> {
     let mut spec = job.spec.clone();
-    let ModelSource::Job { job_id } = &spec.model else { return Ok(spec) };
-    let job_id = *job_id;
-    let failed = |kind, message| Failure { kind, stage: None, message };
-    let files = database
-        .artifacts(job.tenant, job_id)
-        .await
-        .map_err(|e| failed(FailureKind::Storage, format!("cannot look up job {job_id}: {e}")))?;
+    if let ModelSource::Job { job_id } = spec.model {
+        spec.model = ModelSource::Path { path: checkpoint(database, store, job.tenant, job_id).await? };
+    }
+    for (_, corpus) in spec.corpora_mut() {
+        if let Corpus::Upload { upload_id } = corpus {
+            *corpus = Corpus::Path { path: upload(database, store, job.tenant, *upload_id).await? };
+        }
+    }
+    Ok(spec)
+}
+
+fn failed(kind: FailureKind, message: String) -> Failure {
+    Failure { kind, stage: None, message }
+}
+
+/// Where the best checkpoint is that job `id` left.
+async fn checkpoint(database: &Database, store: &Store, tenant: Tenant, id: Uuid) -> Result<String, Failure> {
+    let files = database.artifacts(tenant, id).await;
+    let files = files.map_err(|e| failed(FailureKind::Storage, format!("cannot look up job {id}: {e}")))?;
     let checkpoint = CHECKPOINTS.iter().find_map(|name| {
         let file = files.iter().find(|f| f.path == format!("{name}/config.json"))?;
         store.path(&file.location).ok()?.parent().map(Path::to_path_buf)
     });
-    let Some(path) = checkpoint.as_deref().and_then(Path::to_str) else {
-        let message = format!("job {job_id} has left no checkpoint; name one that has succeeded");
-        return Err(failed(FailureKind::Model, message));
-    };
-    spec.model = ModelSource::Path { path: path.to_owned() };
-    Ok(spec)
+    let path = checkpoint.as_deref().and_then(Path::to_str).map(String::from);
+    path.ok_or_else(|| {
+        let message = format!("job {id} has left no checkpoint; name one that has succeeded");
+        failed(FailureKind::Model, message)
+    })
+}
+
+/// Where the file of upload `id` is.
+async fn upload(database: &Database, store: &Store, tenant: Tenant, id: Uuid) -> Result<String, Failure> {
+    let row = database.upload(tenant, id).await;
+    let row = row.map_err(|e| failed(FailureKind::Storage, format!("cannot look up upload {id}: {e}")))?;
+    let row = row.filter(|row| row.completed_at.is_some());
+    let path = row.and_then(|row| store.path(&row.location).ok()?.to_str().map(String::from));
+    path.ok_or_else(|| failed(FailureKind::Data, format!("upload {id} is not here; bring the file again")))
 }
 
 /// Puts the attempt's files into the store, under its epoch.
@@ -42,7 +64,6 @@ pub async fn store(store: &Store, lease: Lease, workspace: &Path) -> Result<Vec<
     let (store, workspace) = (store.clone(), workspace.to_owned());
     let prefix = epoch_prefix(lease.job, lease.epoch);
     let stored = tokio::task::spawn_blocking(move || put_all(&store, &prefix, &workspace)).await;
-    let failed = |kind, message| Failure { kind, stage: None, message };
     match stored {
         Ok(Ok(files)) if files.is_empty() => {
             Err(failed(FailureKind::Bug, "the run succeeded but left no files. This is a bug.".into()))

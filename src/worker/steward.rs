@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{Settings, StartError};
 use crate::service::db::{Database, Dead, Error, Signal};
-use crate::service::store::{Store, epoch_prefix};
+use crate::service::store::{Store, epoch_prefix, upload_prefix};
 
 const SWEEP_EVERY: Duration = Duration::from_mins(5);
 
@@ -66,6 +66,18 @@ pub async fn remove_workspace(workspace: &Path) {
             tracing::warn!(%error, workspace = %workspace.display(), "workspace not removed; swept later");
         }
         Ok(_) | Err(_) => {}
+    }
+}
+
+/// Hands the workspace of a job that failed or was cancelled on to the one that tries it again, which finds in it what
+/// it need not compute anew. Nothing is there when another try has it already, or it was swept.
+pub fn inherit(from: &Path, to: &Path) -> io::Result<()> {
+    if to.exists() {
+        return Ok(());
+    }
+    match fs::rename(from, to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 
@@ -125,15 +137,32 @@ impl Steward {
         Ok(())
     }
 
-    /// Removes workspaces of jobs that have ended and stored files no commit names.
+    /// Removes uploads that were never completed, and files of uploads that are forgotten.
+    async fn sweep_uploads(&self) -> Result<(), Error> {
+        self.database.forget_stale_uploads().await?;
+        // The row comes before the file: a file that is seen here and has no row is nobody's.
+        let store = self.store.clone();
+        let Ok(Ok(ids)) = tokio::task::spawn_blocking(move || store.uploads()).await else { return Ok(()) };
+        let wanted = self.database.uploads_wanted(&ids).await?;
+        for id in ids.into_iter().filter(|id| !wanted.contains(id)) {
+            if let Err(error) = self.store.remove(&upload_prefix(id)) {
+                tracing::warn!(%error, upload = %id, "the file of an upload is not removed");
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes workspaces nobody goes on in, stored files no commit names, and requests that are forgotten.
     async fn sweep(&self) -> Result<(), Error> {
         let work = self.settings.data.join("work");
         let (store, at) = (self.store.clone(), work.clone());
         let listed =
             tokio::task::spawn_blocking(move || (workspaces(&at), store.epochs().unwrap_or_default()));
         let Ok((workspaces, epochs)) = listed.await else { return Ok(()) };
-        let unfinished = self.database.jobs_unfinished(&workspaces).await?;
-        for id in workspaces.into_iter().filter(|id| !unfinished.contains(id)) {
+        self.database.forget_old_requests().await?;
+        self.sweep_uploads().await?;
+        let wanted = self.database.workspaces_wanted(&workspaces, self.settings.keep_failed).await?;
+        for id in workspaces.into_iter().filter(|id| !wanted.contains(id)) {
             remove_workspace(&work.join(id.to_string())).await;
         }
         let wanted = self.database.epochs_wanted(&epochs).await?;

@@ -165,9 +165,7 @@ async fn a_finished_job_changes_no_more_and_only_a_finished_job_is_deleted() {
     let gone = app.client.delete(format!("{}{path}", app.url)).send().await.unwrap();
     assert_eq!(gone.status(), 204);
     assert!(app.store.path(&file.location).is_err(), "its files went with it");
-    problem(app.get(&path).send().await.unwrap(), 404, "job-not-found").await;
-    problem(app.client.delete(format!("{}{path}", app.url)).send().await.unwrap(), 404, "job-not-found")
-        .await;
+    problem(app.get(&path).send().await.unwrap(), 410, "job-deleted").await;
 }
 
 #[tokio::test]

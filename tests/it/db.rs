@@ -7,7 +7,8 @@ use secateur::job::progress::{Event, Stage};
 use secateur::job::spec::JobSpec;
 use secateur::job::state::{JobState, Wish};
 use secateur::service::db::{
-    Database, Deletion, Entry, Error, JobEvent, JobFilter, JobRow, Lease, NewApiKey, NewJob, Signal, Tenant,
+    Cursor, Database, Deletion, Entry, Error, JobEvent, JobFilter, JobRow, Lease, NewApiKey, NewJob, Signal,
+    Tenant,
 };
 use serde_json::json;
 use time::OffsetDateTime;
@@ -23,7 +24,7 @@ const TTL: Duration = Duration::from_secs(60);
 pub fn job(name: &str) -> NewJob {
     let spec = json!({"name": name, "labels": {"team": "nlp", "n": name},
         "model": {"from": "path", "path": "/models/tiny"}, "prune": {"amount": {"layers": 1}}});
-    NewJob { spec: JobSpec::read(spec).unwrap(), priority: 0 }
+    NewJob::new(JobSpec::read(spec).unwrap())
 }
 
 pub async fn insert(database: &Database, name: &str) -> JobRow {
@@ -74,9 +75,9 @@ async fn lists_are_newest_first_paged_and_filtered() {
 
     let first = list(JobFilter::default()).await;
     assert_eq!((names(&first.jobs), first.has_more), (vec!["e", "d"], true));
-    let second = list(JobFilter { after: Some(first.jobs[1].id), ..JobFilter::default() }).await;
+    let second = list(JobFilter { cursor: Cursor::After(first.jobs[1].id), ..JobFilter::default() }).await;
     assert_eq!((names(&second.jobs), second.has_more), (vec!["c", "b"], true));
-    let last = list(JobFilter { after: Some(second.jobs[1].id), ..JobFilter::default() }).await;
+    let last = list(JobFilter { cursor: Cursor::After(second.jobs[1].id), ..JobFilter::default() }).await;
     assert_eq!((names(&last.jobs), last.has_more), (vec!["a"], false));
 
     let states = vec![JobState::Cancelled, JobState::Failed];

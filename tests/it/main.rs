@@ -6,13 +6,21 @@ mod api_artifacts;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_auth;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod api_bundle;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_events;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_http;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod api_hub;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_jobs;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod api_requests;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_spec;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod api_uploads;
 #[cfg(feature = "engine")]
 mod bad_input;
 #[cfg(feature = "engine")]
@@ -36,6 +44,8 @@ mod generation;
 mod heal;
 #[cfg(feature = "engine")]
 mod heal_stage;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod jobs_command;
 #[cfg(feature = "service")]
 mod leases;
 #[cfg(feature = "service")]

@@ -156,7 +156,7 @@ fn long_healing(bench: &Bench) -> JobSpec {
 const HEAL_STEPS: u64 = 5000;
 
 async fn submit(database: &Database, spec: &JobSpec) -> Uuid {
-    database.job_insert(TENANT, &NewJob { spec: spec.clone(), priority: 0 }).await.unwrap().id
+    database.job_insert(TENANT, &NewJob::new(spec.clone())).await.unwrap().id
 }
 
 async fn until(house: &House, database: &Database, id: Uuid, good: impl Fn(&JobRow) -> bool) -> JobRow {

@@ -9,9 +9,9 @@ use secateur::job::progress::{Event, Stage};
 use secateur::job::report::FailureKind;
 use secateur::job::spec::JobSpec;
 use secateur::job::state::JobState;
-use secateur::service::db::{Database, Dead, Entry, JobRow, Limits, NewJob, Tenant};
+use secateur::service::db::{Database, Dead, Entry, JobRow, Limits, NewJob, Tenant, UploadRow};
 use secateur::service::local_pg::LocalPg;
-use secateur::service::store::Store;
+use secateur::service::store::{Store, upload_prefix};
 use secateur::worker::{self, Settings, Shutdown, StartError};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -44,6 +44,8 @@ case "$(cat spec.json)" in
   *'"name":"spec"'*) echo '/prune/amount: too many' >&2; exit 2 ;;
   *'"name":"empty"'*) exit 0 ;;
   *'"name":"die once"'*) if [ -e died ]; then finish; fi; touch died; echo 'last words' >&2; kill -9 $$ ;;
+  *'"name":"fail once"'*) if [ -e failed ]; then finish; fi; touch failed
+    say '{"event":"failed","failure":{"kind":"data","stage":"profile","message":"not yet"}}'; exit 1 ;;
   *'"name":"slow"'*) trap 'exit 143' TERM; touch ready; while [ ! -e go ]; do sleep 0.05; done; finish ;;
   *'"name":"stubborn"'*) trap '' TERM; touch ready; while true; do sleep 0.05; done ;;
 esac
@@ -97,7 +99,7 @@ impl Shop {
     async fn submit_on(&self, name: &str, model: serde_json::Value) -> Uuid {
         let spec = json!({"name": name, "model": model, "prune": {"amount": {"layers": 1}}});
         let spec = JobSpec::read(spec).unwrap();
-        self.database.job_insert(TENANT, &NewJob { spec, priority: 0 }).await.unwrap().id
+        self.database.job_insert(TENANT, &NewJob::new(spec)).await.unwrap().id
     }
 
     async fn until(&self, id: Uuid, good: impl Fn(&JobRow) -> bool) -> JobRow {
@@ -198,6 +200,40 @@ async fn a_job_on_the_result_of_another_is_given_its_healed_checkpoint() {
 }
 
 #[tokio::test]
+async fn a_text_that_was_brought_is_given_to_the_run_as_a_file() {
+    let shop = Shop::open().await;
+    let id = Uuid::now_v7();
+    let row = UploadRow {
+        id,
+        name: "corpus.txt".into(),
+        location: format!("{}/corpus.txt", upload_prefix(id)),
+        size_bytes: 5,
+        sha256: "0".repeat(64),
+        part_size_bytes: 5,
+        created_at: shop.database.ping().await.unwrap(),
+        completed_at: None,
+    };
+    assert!(shop.database.upload_insert(TENANT, &row, 100).await.unwrap());
+    let store = Store::open(shop.store()).unwrap();
+    fs::write(store.place(&row.location).unwrap(), "words").unwrap();
+    let spec = json!({
+        "name": "succeed", "model": {"from": "path", "path": "/models/tiny"}, "prune": {"amount": {"layers": 1}},
+        "calibration": {"corpus": {"from": "upload", "upload_id": id}},
+    });
+    let new = NewJob::new(JobSpec::read(spec).unwrap());
+    let early = shop.database.job_insert(TENANT, &new).await.unwrap().id;
+    assert_eq!(shop.end(early).await.failure.unwrap().kind, FailureKind::Data, "it is not complete");
+    shop.database.upload_complete(TENANT, id).await.unwrap();
+    let job = shop.database.job_insert(TENANT, &new).await.unwrap().id;
+    assert_eq!(shop.end(job).await.state, JobState::Succeeded);
+    let told = fs::read(shop.store().join(format!("jobs/{job}/e1/healed/spec.json"))).unwrap();
+    let told: JobSpec = serde_json::from_slice(&told).unwrap();
+    let path = shop.store().canonicalize().unwrap().join(&row.location);
+    assert_eq!(json!(told.calibration.corpus), json!({"from": "path", "path": path}));
+    shop.close().await;
+}
+
+#[tokio::test]
 async fn failures_are_told_apart() {
     let shop = Shop::open().await;
     for (name, kind, message) in [
@@ -210,9 +246,52 @@ async fn failures_are_told_apart() {
         let failure = row.failure.unwrap();
         assert_eq!((row.state, failure.kind, row.attempt), (JobState::Failed, kind, 1), "{name}");
         assert!(failure.message.contains(message), "{failure}");
-        shop.gone(&shop.workspace(id)).await;
+        assert!(shop.workspace(id).exists(), "another try may go on with its records");
     }
     shop.close().await;
+}
+
+#[tokio::test]
+async fn another_try_of_a_failed_job_goes_on_in_its_workspace() {
+    let shop = Shop::open().await;
+    let first = shop.submit("fail once").await;
+    let row = shop.end(first).await;
+    assert_eq!(row.state, JobState::Failed);
+    let again = NewJob { retry_of: Some(first), ..NewJob::new(row.spec.clone()) };
+    let second = shop.database.job_insert(TENANT, &again).await.unwrap().id;
+    assert_eq!(shop.end(second).await.state, JobState::Succeeded);
+    assert!(!shop.workspace(first).exists(), "it was handed on, not copied");
+    // Who comes too late for it begins anew.
+    let third = shop.database.job_insert(TENANT, &again).await.unwrap().id;
+    assert_eq!(shop.end(third).await.state, JobState::Failed);
+    shop.close().await;
+}
+
+#[tokio::test]
+async fn the_workspace_of_a_failed_job_is_swept_when_its_time_is_over() {
+    let shop = Shop::open().await;
+    let id = shop.submit("data").await;
+    shop.end(id).await;
+    let database = shop.database.clone();
+    assert_eq!(database.workspaces_wanted(&[id], Duration::from_secs(3600)).await.unwrap(), [id]);
+    assert_eq!(database.workspaces_wanted(&[id], Duration::ZERO).await.unwrap(), [] as [Uuid; 0]);
+    let (workspace, directory) = (shop.workspace(id), shop.settings.data.clone());
+    assert!(workspace.exists());
+    shop.shutdown.drain.cancel();
+    let Shop { directory: kept, running, .. } = shop;
+    timeout(Duration::from_secs(60), running).await.unwrap().unwrap().unwrap();
+    let mut settings = Settings::new(directory).unwrap();
+    settings.keep_failed = Duration::ZERO;
+    settings.ttl = Duration::from_secs(1);
+    let (shutdown, store) = (Shutdown::default(), Store::open(kept.path().join("store")).unwrap());
+    let told = shutdown.clone();
+    let running =
+        tokio::spawn(async move { worker::run(database, store, settings, &["cpu".into()], told).await });
+    while workspace.exists() {
+        sleep(Duration::from_millis(20)).await;
+    }
+    shutdown.drain.cancel();
+    timeout(Duration::from_secs(60), running).await.unwrap().unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -238,14 +317,14 @@ async fn a_child_that_died_is_followed_by_another_in_the_same_workspace() {
 }
 
 #[tokio::test]
-async fn a_cancelled_job_stops_and_leaves_nothing() {
+async fn a_cancelled_job_stops_and_leaves_no_files_but_records_for_another_try() {
     let shop = Shop::open().await;
     let id = shop.submit("slow").await;
     shop.file(&shop.workspace(id).join("ready")).await;
     shop.database.job_cancel(TENANT, id).await.unwrap();
     let row = shop.end(id).await;
     assert_eq!((row.state, row.failure), (JobState::Cancelled, None));
-    shop.gone(&shop.workspace(id)).await;
+    assert!(shop.workspace(id).exists());
     assert!(!shop.store().join("jobs").join(id.to_string()).exists());
     shop.close().await;
 }

@@ -1,6 +1,7 @@
 //! Jobs: put in, look up, list, and what the user may want of them.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use sqlx::PgConnection;
 use sqlx::types::Json;
@@ -43,6 +44,8 @@ pub struct JobRow {
     pub failure: Option<Failure>,
     /// Number of the newest event.
     pub last_seq: i64,
+    /// The failed or cancelled job that it tries again.
+    pub retry_of: Option<Uuid>,
     /// How far a running job is.
     #[sqlx(json(nullable))]
     pub progress: Option<Progress>,
@@ -54,6 +57,15 @@ pub struct NewJob {
     pub spec: JobSpec,
     /// Higher goes first.
     pub priority: i16,
+    /// The failed or cancelled job that it tries again.
+    pub retry_of: Option<Uuid>,
+}
+
+impl NewJob {
+    /// A job like any other.
+    pub fn new(spec: JobSpec) -> Self {
+        Self { spec, priority: 0, retry_of: None }
+    }
 }
 
 /// Which jobs to list. All conditions must hold.
@@ -62,15 +74,47 @@ pub struct JobFilter {
     pub states: Vec<JobState>,
     pub name: Option<String>,
     pub labels: BTreeMap<String, String>,
-    /// Only jobs older than this one: the last id of the page before.
-    pub after: Option<Uuid>,
+    /// Only jobs created at this time or later.
+    pub created_from: Option<OffsetDateTime>,
+    /// Only jobs created before this time.
+    pub created_before: Option<OffsetDateTime>,
+    pub cursor: Cursor,
+}
+
+/// Where a page of jobs begins, and in which direction the list is walked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Cursor {
+    #[default]
+    Newest,
+    /// Jobs older than this one: the last of the page before.
+    After(Uuid),
+    /// Jobs newer than this one: the first of the page after.
+    Before(Uuid),
 }
 
 /// One page of jobs, newest first.
 #[derive(Debug, Clone)]
 pub struct JobPage {
     pub jobs: Vec<JobRow>,
+    /// There are more in the direction in which the list is walked.
     pub has_more: bool,
+}
+
+/// The statement behind a page. The two orders are two statements, for each is one walk along the index.
+macro_rules! list_jobs {
+    ($newer_or_older:literal, $order:literal) => {
+        concat!(
+            "select j.*, l.progress from jobs j left join leases l on l.job_id = j.id
+             where j.tenant_id = $1 and ($2::uuid is null or j.id ",
+            $newer_or_older,
+            " $2) and (cardinality($3::text[]) = 0 or j.state = any ($3))
+               and ($4::text is null or j.name = $4) and j.labels @> $5
+               and ($7::timestamptz is null or j.created_at >= $7) and ($8::timestamptz is null or j.created_at < $8)
+             order by j.id ",
+            $order,
+            " limit $6"
+        )
+    };
 }
 
 /// What became of a wish to delete a job.
@@ -85,21 +129,8 @@ pub enum Deletion {
 impl Database {
     /// Puts a job into the queue under a new id (UUID version 7: sortable by age).
     pub async fn job_insert(&self, tenant: Tenant, job: &NewJob) -> Result<JobRow> {
-        let id = Uuid::now_v7();
         let mut tx = self.pool.begin().await?;
-        sqlx::query(
-            "insert into jobs (id, tenant_id, name, labels, spec, priority) values ($1, $2, $3, $4, $5, $6)",
-        )
-        .bind(id)
-        .bind(tenant)
-        .bind(&job.spec.name)
-        .bind(Json(&job.spec.labels))
-        .bind(Json(&job.spec))
-        .bind(job.priority)
-        .execute(&mut *tx)
-        .await?;
-        tell_state(&mut tx, id, JobState::Queued, None).await?;
-        let row = lock(&mut tx, tenant, id).await?.ok_or(sqlx::Error::RowNotFound)?;
+        let row = insert(&mut tx, tenant, Uuid::now_v7(), job).await?;
         tx.commit().await?;
         Ok(row)
     }
@@ -119,23 +150,27 @@ impl Database {
     /// One page of at most `limit` jobs, newest first.
     pub async fn job_list(&self, tenant: Tenant, filter: &JobFilter, limit: u32) -> Result<JobPage> {
         let states: Vec<&str> = filter.states.iter().map(|s| s.name()).collect();
-        let mut jobs: Vec<JobRow> = sqlx::query_as(
-            "select j.*, l.progress from jobs j left join leases l on l.job_id = j.id
-             where j.tenant_id = $1 and ($2::uuid is null or j.id < $2)
-               and (cardinality($3::text[]) = 0 or j.state = any ($3))
-               and ($4::text is null or j.name = $4) and j.labels @> $5
-             order by j.id desc limit $6",
-        )
-        .bind(tenant)
-        .bind(filter.after)
-        .bind(states)
-        .bind(&filter.name)
-        .bind(Json(&filter.labels))
-        .bind(i64::from(limit) + 1)
-        .fetch_all(&self.pool)
-        .await?;
+        let (statement, from) = match filter.cursor {
+            Cursor::Newest => (list_jobs!("<", "desc"), None),
+            Cursor::After(id) => (list_jobs!("<", "desc"), Some(id)),
+            Cursor::Before(id) => (list_jobs!(">", "asc"), Some(id)),
+        };
+        let mut jobs: Vec<JobRow> = sqlx::query_as(statement)
+            .bind(tenant)
+            .bind(from)
+            .bind(states)
+            .bind(&filter.name)
+            .bind(Json(&filter.labels))
+            .bind(i64::from(limit) + 1)
+            .bind(filter.created_from)
+            .bind(filter.created_before)
+            .fetch_all(&self.pool)
+            .await?;
         let has_more = jobs.len() > limit as usize;
         jobs.truncate(limit as usize);
+        if matches!(filter.cursor, Cursor::Before(_)) {
+            jobs.reverse();
+        }
         Ok(JobPage { jobs, has_more })
     }
 
@@ -212,13 +247,18 @@ impl Database {
         Ok(job)
     }
 
-    /// Forgets a job and all its rows. The caller sweeps its files.
+    /// Forgets a job and all its rows but that there was one. The caller sweeps its files.
     pub async fn job_delete(&self, tenant: Tenant, id: Uuid) -> Result<Deletion> {
         let mut tx = self.pool.begin().await?;
         let Some(job) = lock(&mut tx, tenant, id).await? else { return Ok(Deletion::Unknown) };
         if job.state == JobState::Running {
             return Ok(Deletion::Running);
         }
+        sqlx::query("insert into tombstones (job_id, tenant_id) values ($1, $2)")
+            .bind(id)
+            .bind(tenant)
+            .execute(&mut *tx)
+            .await?;
         sqlx::query("delete from jobs where tenant_id = $1 and id = $2")
             .bind(tenant)
             .bind(id)
@@ -228,17 +268,39 @@ impl Database {
         Ok(Deletion::Done)
     }
 
-    /// Which of `ids` are jobs that may still run, over all tenants: their
-    /// workspaces must stay.
-    pub async fn jobs_unfinished(&self, ids: &[Uuid]) -> Result<Vec<Uuid>> {
+    /// Which of `ids` are jobs, over all tenants, that may still run, or may be
+    /// tried again because they ended without success less than `keep` ago:
+    /// their workspaces must stay.
+    pub async fn workspaces_wanted(&self, ids: &[Uuid], keep: Duration) -> Result<Vec<Uuid>> {
         let ids = sqlx::query_scalar(
-            "select id from jobs where id = any ($1) and state in ('queued', 'running', 'paused')",
+            "select id from jobs where id = any ($1) and (state in ('queued', 'running', 'paused')
+               or (state in ('failed', 'cancelled') and finished_at > now() - make_interval(secs => $2)))",
         )
         .bind(ids)
+        .bind(keep.as_secs_f64())
         .fetch_all(&self.pool)
         .await?;
         Ok(ids)
     }
+}
+
+/// Puts in a job within the caller's transaction.
+pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job: &NewJob) -> Result<JobRow> {
+    sqlx::query(
+        "insert into jobs (id, tenant_id, name, labels, spec, priority, retry_of)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+    )
+    .bind(id)
+    .bind(tenant)
+    .bind(&job.spec.name)
+    .bind(Json(&job.spec.labels))
+    .bind(Json(&job.spec))
+    .bind(job.priority)
+    .bind(job.retry_of)
+    .execute(&mut *tx)
+    .await?;
+    tell_state(tx, id, JobState::Queued, None).await?;
+    Ok(lock(tx, tenant, id).await?.ok_or(sqlx::Error::RowNotFound)?)
 }
 
 /// Reads a job and locks its row until the transaction ends.

@@ -9,8 +9,10 @@ mod events;
 mod jobs;
 mod keys;
 mod leases;
+mod requests;
 mod signals;
 mod stages;
+mod uploads;
 mod workers;
 
 use std::time::Duration;
@@ -25,11 +27,13 @@ use crate::job::state::{IllegalChange, JobState, Wish};
 
 pub use artifacts::{ArtifactRow, NewArtifact};
 pub use events::{Entry, EventRow, JobEvent};
-pub use jobs::{Deletion, JobFilter, JobPage, JobRow, NewJob};
+pub use jobs::{Cursor, Deletion, JobFilter, JobPage, JobRow, NewJob};
 pub use keys::{ApiKeyRow, NewApiKey};
 pub use leases::{Dead, Lease, Limits, Progress, Renewal};
+pub use requests::{Inserted, Once};
 pub use signals::Signal;
 pub use stages::{StageRow, StageState};
+pub use uploads::{UploadDeletion, UploadPart, UploadRow};
 pub use workers::{WorkerRow, WorkerSelf};
 
 /// Who owns a job.

@@ -3,7 +3,7 @@
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Database, Result};
+use super::{Database, Result, Tenant};
 
 /// A worker as its peers see it. Workers serve all tenants.
 #[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
@@ -15,8 +15,12 @@ pub struct WorkerRow {
     pub version: String,
     pub started_at: OffsetDateTime,
     pub seen_at: OffsetDateTime,
-    /// The job it works on.
+    /// Of its machine.
+    pub core_count: Option<i32>,
+    pub memory_bytes: Option<i64>,
+    /// The job it works on, and whose that is.
     pub job_id: Option<Uuid>,
+    pub job_tenant: Option<Tenant>,
 }
 
 /// What a worker says of itself.
@@ -27,21 +31,28 @@ pub struct WorkerSelf {
     pub pid: i32,
     pub device: String,
     pub version: String,
+    /// Of its machine.
+    pub core_count: i32,
+    pub memory_bytes: i64,
 }
 
 impl Database {
     /// A worker has started.
     pub async fn worker_started(&self, me: &WorkerSelf) -> Result<()> {
         sqlx::query(
-            "insert into workers (id, host, pid, device, version) values ($1, $2, $3, $4, $5)
+            "insert into workers (id, host, pid, device, version, core_count, memory_bytes)
+             values ($1, $2, $3, $4, $5, $6, $7)
              on conflict (id) do update set host = excluded.host, pid = excluded.pid, device = excluded.device,
-               version = excluded.version, started_at = now(), seen_at = now()",
+               version = excluded.version, core_count = excluded.core_count,
+               memory_bytes = excluded.memory_bytes, started_at = now(), seen_at = now()",
         )
         .bind(me.id)
         .bind(&me.host)
         .bind(me.pid)
         .bind(&me.device)
         .bind(&me.version)
+        .bind(me.core_count)
+        .bind(me.memory_bytes)
         .execute(&self.pool)
         .await?;
         Ok(())
@@ -62,7 +73,7 @@ impl Database {
     /// The workers seen within the last five minutes, the longest serving first.
     pub async fn workers(&self) -> Result<Vec<WorkerRow>> {
         let rows = sqlx::query_as(
-            "select w.*, l.job_id from workers w left join leases l on l.worker_id = w.id
+            "select w.*, l.job_id, l.tenant_id as job_tenant from workers w left join leases l on l.worker_id = w.id
              where w.seen_at > now() - interval '5 minutes' order by w.started_at, w.id",
         )
         .fetch_all(&self.pool)

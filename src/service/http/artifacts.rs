@@ -1,6 +1,7 @@
 //! The files a job left: listed, and read in ranges.
 
-use std::io::SeekFrom;
+use std::io::{self, SeekFrom};
+use std::ops::Range;
 
 use axum::Json;
 use axum::body::Body;
@@ -124,8 +125,31 @@ async fn file(
 pub async fn answer(store: &Store, row: ArtifactRow, headers: &HeaderMap) -> Result<Response, Problem> {
     let etag = format!("\"{}\"", row.sha256);
     let size_bytes = row.size_bytes as u64;
-    let text = |name| headers.get(name).and_then(|v: &HeaderValue| v.to_str().ok());
     let described = describe(&row, &etag)?;
+    send(Sent { etag, size_bytes, described }, headers, async |bytes| {
+        let file = open_at(store, &row.location, size_bytes, &bytes).await;
+        let file = file.map_err(|e| Problem::internal(format!("artifact {}: {e}", row.location)))?;
+        Ok(Body::from_stream(ReaderStream::with_capacity(file, CHUNK_BYTES)))
+    })
+    .await
+}
+
+/// What can be sent whole, in part or not at all.
+pub struct Sent {
+    pub etag: String,
+    pub size_bytes: u64,
+    /// Its headers but those of its length.
+    pub described: HeaderMap,
+}
+
+/// Answers with the bytes that the conditions and the range of the request ask for; `read` gives them.
+pub async fn send(
+    sent: Sent,
+    headers: &HeaderMap,
+    read: impl AsyncFnOnce(Range<u64>) -> Result<Body, Problem>,
+) -> Result<Response, Problem> {
+    let Sent { etag, size_bytes, described } = sent;
+    let text = |name| headers.get(name).and_then(|v: &HeaderValue| v.to_str().ok());
     if text(header::IF_NONE_MATCH).is_some_and(|tags| matches_any(tags, &etag)) {
         return Ok((StatusCode::NOT_MODIFIED, described).into_response());
     }
@@ -143,8 +167,8 @@ pub async fn answer(store: &Store, row: ArtifactRow, headers: &HeaderMap) -> Res
         }
     };
     let bytes = part.clone().unwrap_or(0..size_bytes);
-    let body = read(store, &row, bytes.start, bytes.end - bytes.start).await?;
     let length = [(header::CONTENT_LENGTH, (bytes.end - bytes.start).to_string())];
+    let body = read(bytes).await?;
     Ok(match part {
         None => (StatusCode::OK, described, length, body).into_response(),
         Some(part) => {
@@ -171,15 +195,22 @@ fn describe(row: &ArtifactRow, etag: &str) -> Result<HeaderMap, Problem> {
     Ok(headers)
 }
 
-async fn read(store: &Store, row: &ArtifactRow, start: u64, length: u64) -> Result<Body, Problem> {
-    let lost = |e| Problem::internal(format!("artifact {}: {e}", row.location));
-    let path = store.path(&row.location).map_err(lost)?;
-    let mut file = tokio::fs::File::open(path).await.map_err(lost)?;
-    if file.metadata().await.map_err(lost)?.len() != row.size_bytes as u64 {
-        return Err(Problem::internal(format!("artifact {} has not its recorded length", row.location)));
+/// A file of the store, to read the bytes `part` of it.
+///
+/// # Errors
+/// When it is not there or not `size_bytes` long.
+pub async fn open_at(
+    store: &Store,
+    location: &str,
+    size_bytes: u64,
+    part: &Range<u64>,
+) -> io::Result<tokio::io::Take<tokio::fs::File>> {
+    let mut file = tokio::fs::File::open(store.path(location)?).await?;
+    if file.metadata().await?.len() != size_bytes {
+        return Err(io::Error::other("it has not its recorded length"));
     }
-    file.seek(SeekFrom::Start(start)).await.map_err(lost)?;
-    Ok(Body::from_stream(ReaderStream::with_capacity(file.take(length), CHUNK_BYTES)))
+    file.seek(SeekFrom::Start(part.start)).await?;
+    Ok(file.take(part.end - part.start))
 }
 
 /// `If-None-Match` compares weakly: `W/` does not matter.
@@ -209,7 +240,7 @@ fn encoded(path: &str) -> String {
 }
 
 /// RFC 4648, with padding: digests of 32 bytes need no crate.
-fn base64(bytes: &[u8]) -> String {
+pub fn base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for chunk in bytes.chunks(3) {

@@ -26,7 +26,7 @@ use super::problem::{Problem, ProblemBody};
 use crate::service::db::{self, EventRow, JobRow, Signal, Tenant};
 
 /// Wake-up calls can be lost; so we look by ourselves, too.
-const POLL: Duration = Duration::from_secs(2);
+pub const POLL: Duration = Duration::from_secs(2);
 const PING: Duration = Duration::from_secs(15);
 const DEFAULT_PAGE: u32 = 100;
 const MAX_PAGE: u32 = 1000;
@@ -201,7 +201,7 @@ fn entry(row: &EventRow) -> sse::Event {
 }
 
 /// Returns when there may be news of job `id`.
-async fn hear(signals: &mut Receiver<Signal>, id: Uuid) {
+pub async fn hear(signals: &mut Receiver<Signal>, id: Uuid) {
     loop {
         match signals.recv().await {
             Ok(Signal::Told(job)) if job == id => return,

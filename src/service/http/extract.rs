@@ -5,6 +5,8 @@ use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use serde_json::Value;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use super::problem::{Code, Problem};
@@ -89,6 +91,14 @@ pub fn parameter<T: std::str::FromStr<Err: std::fmt::Display>>(
     value: &str,
 ) -> Result<T, Problem> {
     value.parse().map_err(|e| Problem::new(Code::InvalidQuery, format!("`{name}={value}`: {e}.")))
+}
+
+/// Reads a point in time.
+pub fn instant(name: &str, value: &str) -> Result<OffsetDateTime, Problem> {
+    OffsetDateTime::parse(value, &Rfc3339).map_err(|e| {
+        let detail = format!("`{name}={value}`: {e}; a time is written as 2026-11-25T10:00:00Z.");
+        Problem::new(Code::InvalidQuery, detail)
+    })
 }
 
 /// How many entries a page may have.

@@ -43,6 +43,8 @@ pub struct JobSummary {
     pub started_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
     pub finished_at: Option<OffsetDateTime>,
+    /// The job that failed or was cancelled and that this one tries again.
+    pub retry_of: Option<Uuid>,
     /// A waiting job is not tried before this time.
     #[serde(with = "time::serde::rfc3339")]
     pub run_after: OffsetDateTime,
@@ -87,6 +89,9 @@ pub struct Links {
     pub profile: String,
     pub report: String,
     pub artifacts: String,
+    pub bundle: String,
+    /// The result as a model of the Hugging Face Hub; its name there is the job's id.
+    pub hub: String,
 }
 
 /// A page of a list.
@@ -128,6 +133,7 @@ impl JobSummary {
             created_at: row.created_at,
             started_at: row.started_at,
             finished_at: row.finished_at,
+            retry_of: row.retry_of,
             run_after: row.run_after,
             links: Links::new(row.id),
         }
@@ -174,6 +180,8 @@ impl Links {
             profile: below("profile"),
             report: below("report"),
             artifacts: below("artifacts"),
+            bundle: below("bundle.tar"),
+            hub: format!("/hf/api/models/{id}"),
         }
     }
 }

@@ -1,32 +1,33 @@
-//! `/v1/jobs`: ask for a pruned model, look, change your mind.
+//! `/v1/jobs`: look, wait, change your mind.
+
+use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{DefaultBodyLimit, Extension, State};
+use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
+use time::format_description::well_known::Rfc3339;
+use tokio::time::{Instant, sleep_until};
+use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::AppState;
-use super::admission;
 use super::auth::Caller;
-use super::extract::{JobId, JsonBody, Pairs, limit, parameter};
+use super::events::{POLL, hear};
+use super::extract::{JobId, Pairs, instant, limit, parameter};
 use super::job::{Job, JobSummary, Page};
 use super::problem::{Code, Problem, ProblemBody};
-use crate::job::complaint::Complaint;
-use crate::job::spec::{JobSpec, ModelSource};
 use crate::job::state::JobState;
-use crate::service::db::{Database, Deletion, JobFilter, JobRow, NewJob, Tenant};
+use crate::service::db::{Cursor, Database, Deletion, JobFilter, JobRow, Tenant};
 use crate::service::store::job_prefix;
 
-/// Enough for a spec that brings its text (at most 8 MiB each) along.
-const MAX_SPEC_BYTES: usize = 16 << 20;
+/// A caller may wait this long for news; less than the time in which an answer must begin.
+const MAX_WAIT: Duration = Duration::from_secs(50);
 const DEFAULT_PAGE: u32 = 20;
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
-        .routes(routes!(create).layer(DefaultBodyLimit::max(MAX_SPEC_BYTES)))
         .routes(routes!(list))
         .routes(routes!(get, delete))
         .routes(routes!(cancel))
@@ -34,22 +35,33 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(resume))
 }
 
-pub fn no_job(id: Uuid) -> Problem {
-    Problem::new(Code::JobNotFound, format!("There is no job {id}."))
+/// Why there is no job of this id: it is gone, or never was.
+pub async fn missing(database: &Database, tenant: Tenant, id: Uuid) -> Problem {
+    match database.job_deleted_at(tenant, id).await {
+        Ok(Some(at)) => {
+            let at = at.format(&Rfc3339).unwrap_or_default();
+            Problem::new(Code::JobDeleted, format!("The job {id} was deleted at {at}."))
+        }
+        Ok(None) => Problem::new(Code::JobNotFound, format!("There is no job {id}.")),
+        Err(error) => error.into(),
+    }
 }
 
 /// The row of a job that must be there.
 pub async fn job_row(database: &Database, tenant: Tenant, id: Uuid) -> Result<JobRow, Problem> {
-    database.job(tenant, id).await?.ok_or_else(|| no_job(id))
+    match database.job(tenant, id).await? {
+        Some(row) => Ok(row),
+        None => Err(missing(database, tenant, id).await),
+    }
 }
 
-async fn shown(database: &Database, row: JobRow) -> Result<Job, Problem> {
+pub async fn shown(database: &Database, row: JobRow) -> Result<Job, Problem> {
     let stages = database.stages(row.tenant, row.id).await?;
     let ahead = database.jobs_ahead(row.tenant, row.id).await?;
     Ok(Job::new(row, stages, ahead))
 }
 
-fn tagged(job: &Job) -> Response {
+pub fn tagged(job: &Job) -> Response {
     let mut response = Json(job).into_response();
     if let Ok(tag) = HeaderValue::from_str(&job.etag()) {
         response.headers_mut().insert(header::ETAG, tag);
@@ -58,80 +70,21 @@ fn tagged(job: &Job) -> Response {
     response
 }
 
-/// Asks for a pruned model.
-///
-/// The spec is checked as a whole before anything is created: its shape, its
-/// rules, that what it names on this machine is there, and that the model can
-/// be cut that way. Everything that is wrong is told at once.
-#[utoipa::path(
-    post, path = "/v1/jobs", operation_id = "create_job", tag = "jobs",
-    request_body(content = JobSpec, examples(
-        ("least" = (summary = "The least", value = json!({
-            "model": {"from": "path", "path": "/models/SmolLM2-135M-Instruct"},
-            "prune": {"amount": {"fraction": 0.2}},
-        }))),
-        ("full" = (summary = "With everything chosen", value = json!({
-            "name": "smol, six layers less", "labels": {"team": "nlp"}, "preset": "seed",
-            "model": {"from": "path", "path": "/models/SmolLM2-135M-Instruct"},
-            "calibration": {"corpus": {"from": "model"}, "samples": 32, "seq_len": 256},
-            "prune": {
-                "amount": {"layers": 6}, "strategy": "greedy_damage", "compare": ["block_endpoint"], "keep_last": 1,
-                "damage": {"samples": 16, "max_evaluations": 200},
-            },
-            "heal": [{"method": "qlora", "corpus": {"from": "model"}, "rank": 8, "bits": 4, "steps": 100}],
-            "eval": {"perplexity": [{"from": "path", "path": "/corpora/held_out.txt"}]},
-            "seed": 7,
-        }))),
-    )),
-    responses(
-        (status = 201, description = "Created", body = Job,
-         headers(("Location" = String, description = "The job"), ("ETag" = String))),
-        (status = 400, description = "Not JSON", body = ProblemBody),
-        (status = 413, description = "Too large", body = ProblemBody),
-        (status = 415, description = "Not declared as JSON", body = ProblemBody),
-        (status = 422, description = "The spec cannot be run", body = ProblemBody),
-    )
-)]
-async fn create(
-    State(state): State<AppState>,
-    Extension(Caller(tenant)): Extension<Caller>,
-    JsonBody(body): JsonBody,
-) -> Result<Response, Problem> {
-    let mut spec = JobSpec::read(body).map_err(Problem::spec)?;
-    check_source(&state.database, tenant, &spec).await?;
-    let roots = state.roots.clone();
-    let admitted =
-        tokio::task::spawn_blocking(move || admission::admit(&mut spec, &roots).map(|()| spec)).await;
-    let spec = admitted.map_err(Problem::internal)?.map_err(Problem::spec)?;
-    let row = state.database.job_insert(tenant, &NewJob { spec, priority: 0 }).await?;
-    let job = shown(&state.database, row).await?;
-    let location = [(header::LOCATION, job.summary.links.this.clone())];
-    Ok((StatusCode::CREATED, location, tagged(&job)).into_response())
-}
-
-/// A model that another job is to have left.
-async fn check_source(database: &Database, tenant: Tenant, spec: &JobSpec) -> Result<(), Problem> {
-    let ModelSource::Job { job_id } = spec.model else { return Ok(()) };
-    let message = match database.job(tenant, job_id).await?.map(|job| job.state) {
-        Some(JobState::Succeeded) => return Ok(()),
-        Some(state) => format!("that job is {state}; only one that succeeded has left a model"),
-        None => "there is no such job".into(),
-    };
-    Err(Problem::spec(vec![Complaint { pointer: "/model/job_id".into(), message }]))
-}
-
 /// Jobs, newest first.
 #[utoipa::path(
     get, path = "/v1/jobs", operation_id = "list_jobs", tag = "jobs",
     params(
         ("limit" = Option<u32>, Query, description = "Jobs per page, 1 to 100; 20 if not given"),
-        ("after" = Option<Uuid>, Query, description = "`last_id` of the page before"),
+        ("after" = Option<Uuid>, Query, description = "`last_id` of the page before: the jobs older than it"),
+        ("before" = Option<Uuid>, Query, description = "`first_id` of the page after: the jobs newer than it. Not with `after`"),
         ("state" = Option<Vec<JobState>>, Query, description = "Only jobs in this state; may be repeated"),
         ("name" = Option<String>, Query, description = "Only jobs of this name"),
         ("label" = Option<Vec<String>>, Query, description = "Only jobs with this label, `key=value`; may be repeated"),
+        ("created_from" = Option<String>, Query, description = "Only jobs created at this time (RFC 3339) or later"),
+        ("created_before" = Option<String>, Query, description = "Only jobs created before this time"),
     ),
     responses(
-        (status = 200, description = "A page", body = Page<JobSummary>),
+        (status = 200, description = "A page; `has_more` looks in the direction asked for", body = Page<JobSummary>),
         (status = 400, description = "The query is wrong", body = ProblemBody),
     )
 )]
@@ -144,7 +97,14 @@ async fn list(
     for (name, value) in query {
         match name.as_str() {
             "limit" => size = limit(&value, 100)?,
-            "after" => filter.after = Some(parameter("after", &value)?),
+            "after" | "before" if filter.cursor != Cursor::Newest => {
+                let detail = "A page has one cursor: give `after` or `before`, once.";
+                return Err(Problem::new(Code::InvalidQuery, detail));
+            }
+            "after" => filter.cursor = Cursor::After(parameter("after", &value)?),
+            "before" => filter.cursor = Cursor::Before(parameter("before", &value)?),
+            "created_from" => filter.created_from = Some(instant("created_from", &value)?),
+            "created_before" => filter.created_before = Some(instant("created_before", &value)?),
             "state" => filter.states.push(parameter("state", &value)?),
             "name" => filter.name = Some(value),
             "label" => {
@@ -156,7 +116,10 @@ async fn list(
                 })?;
                 filter.labels.insert(key.into(), value.into());
             }
-            _ => return Err(Pairs::unknown(&name, "limit, after, state, name, label")),
+            _ => {
+                let known = "limit, after, before, state, name, label, created_from, created_before";
+                return Err(Pairs::unknown(&name, known));
+            }
         }
     }
     let page = state.database.job_list(tenant, &filter, size).await?;
@@ -164,14 +127,25 @@ async fn list(
     Ok(Json(Page::new(jobs, page.has_more, |job: &JobSummary| job.id.to_string())))
 }
 
-/// One job.
+/// One job, now or when there is news of it.
+///
+/// `Prefer: wait=30` holds the answer back, for at most so many seconds (50 at
+/// most): with `If-None-Match` until the job differs from what you have, without it
+/// until the job has ended.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}", operation_id = "get_job", tag = "jobs",
-    params(("id" = Uuid, Path), ("If-None-Match" = Option<String>, Header, description = "The ETag you have")),
+    params(
+        ("id" = Uuid, Path),
+        ("If-None-Match" = Option<String>, Header, description = "The ETag you have"),
+        ("Prefer" = Option<String>, Header, description = "RFC 7240", example = "wait=30"),
+    ),
     responses(
-        (status = 200, description = "The job", body = Job, headers(("ETag" = String))),
+        (status = 200, description = "The job", body = Job, headers(
+            ("ETag" = String), ("Preference-Applied" = String, description = "How long was waited at most"),
+        )),
         (status = 304, description = "Nothing has changed"),
         (status = 404, description = "No such job", body = ProblemBody),
+        (status = 410, description = "It was deleted", body = ProblemBody),
     )
 )]
 async fn get(
@@ -180,24 +154,53 @@ async fn get(
     JobId(id): JobId,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let row = job_row(&state.database, tenant, id).await?;
-    let job = shown(&state.database, row).await?;
-    let known = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let known = headers.get(header::IF_NONE_MATCH).and_then(|v| v.to_str().ok());
+    let patience = patience(&headers);
+    // Listening starts before the first look, so nothing falls between.
+    let mut signals = state.database.signals();
+    let until = Instant::now() + patience.unwrap_or_default();
+    let (job, same) = loop {
+        let job = shown(&state.database, job_row(&state.database, tenant, id).await?).await?;
+        let same = known.is_some_and(|tags| tags.split(',').any(|tag| tag.trim() == job.etag()));
+        let news = if known.is_some() { !same } else { job.summary.state.is_terminal() };
+        if news || Instant::now() >= until || state.shutdown.is_cancelled() {
+            break (job, same);
+        }
+        tokio::select! {
+            () = hear(&mut signals, id) => {}
+            () = sleep_until(until.min(Instant::now() + POLL)) => {}
+            () = state.shutdown.cancelled() => {}
+        }
+    };
     let mut response = tagged(&job);
-    if known.split(',').any(|tag| tag.trim() == job.etag()) {
+    if same {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
         *response.body_mut() = axum::body::Body::empty();
         response.headers_mut().remove(header::CONTENT_LENGTH);
     }
+    if let Some(patience) = patience {
+        let applied = HeaderValue::from_str(&format!("wait={}", patience.as_secs()));
+        response.headers_mut().insert("preference-applied", applied.map_err(Problem::internal)?);
+    }
     Ok(response)
 }
 
-/// Forgets a finished job and its files.
+/// How long the caller prefers to wait. What cannot be read is no preference (RFC 7240, 2).
+fn patience(headers: &HeaderMap) -> Option<Duration> {
+    let preferences = headers.get_all("prefer").iter().filter_map(|v| v.to_str().ok());
+    let mut preferences = preferences.flat_map(|v| v.split([',', ';'])).filter_map(|p| p.split_once('='));
+    let (_, seconds) = preferences.find(|(name, _)| name.trim().eq_ignore_ascii_case("wait"))?;
+    let seconds = seconds.trim().trim_matches('"').parse().ok()?;
+    Some(Duration::from_secs(seconds).min(MAX_WAIT))
+}
+
+/// Forgets a finished job and its files. For some time its id tells that it is gone.
 #[utoipa::path(
     delete, path = "/v1/jobs/{id}", operation_id = "delete_job", tag = "jobs", params(("id" = Uuid, Path)),
     responses(
         (status = 204, description = "Gone"),
         (status = 404, description = "No such job", body = ProblemBody),
+        (status = 410, description = "It was deleted before", body = ProblemBody),
         (status = 409, description = "It has not ended", body = ProblemBody),
     )
 )]
@@ -223,7 +226,7 @@ async fn delete(
             Ok(StatusCode::NO_CONTENT)
         }
         Deletion::Running => Err(unfinished(JobState::Running)),
-        Deletion::Unknown => Err(no_job(id)),
+        Deletion::Unknown => Err(missing(&state.database, tenant, id).await),
     }
 }
 
@@ -235,6 +238,7 @@ async fn delete(
     responses(
         (status = 200, description = "The job as it stands now", body = Job),
         (status = 404, description = "No such job", body = ProblemBody),
+        (status = 410, description = "It was deleted", body = ProblemBody),
         (status = 409, description = "It has ended", body = ProblemBody),
     )
 )]
@@ -243,8 +247,8 @@ async fn cancel(
     Extension(Caller(tenant)): Extension<Caller>,
     JobId(id): JobId,
 ) -> Result<Response, Problem> {
-    let row = state.database.job_cancel(tenant, id).await?.ok_or_else(|| no_job(id))?;
-    Ok(tagged(&shown(&state.database, row).await?))
+    let row = state.database.job_cancel(tenant, id).await?;
+    changed(&state, tenant, id, row).await
 }
 
 /// Pauses a job: it keeps its records and gives its device back.
@@ -253,6 +257,7 @@ async fn cancel(
     responses(
         (status = 200, description = "The job as it stands now", body = Job),
         (status = 404, description = "No such job", body = ProblemBody),
+        (status = 410, description = "It was deleted", body = ProblemBody),
         (status = 409, description = "It has ended", body = ProblemBody),
     )
 )]
@@ -261,8 +266,8 @@ async fn pause(
     Extension(Caller(tenant)): Extension<Caller>,
     JobId(id): JobId,
 ) -> Result<Response, Problem> {
-    let row = state.database.job_pause(tenant, id).await?.ok_or_else(|| no_job(id))?;
-    Ok(tagged(&shown(&state.database, row).await?))
+    let row = state.database.job_pause(tenant, id).await?;
+    changed(&state, tenant, id, row).await
 }
 
 /// Puts a paused job back into the queue.
@@ -271,6 +276,7 @@ async fn pause(
     responses(
         (status = 200, description = "The job as it stands now", body = Job),
         (status = 404, description = "No such job", body = ProblemBody),
+        (status = 410, description = "It was deleted", body = ProblemBody),
         (status = 409, description = "It is not paused", body = ProblemBody),
     )
 )]
@@ -279,6 +285,18 @@ async fn resume(
     Extension(Caller(tenant)): Extension<Caller>,
     JobId(id): JobId,
 ) -> Result<Response, Problem> {
-    let row = state.database.job_resume(tenant, id).await?.ok_or_else(|| no_job(id))?;
-    Ok(tagged(&shown(&state.database, row).await?))
+    let row = state.database.job_resume(tenant, id).await?;
+    changed(&state, tenant, id, row).await
+}
+
+async fn changed(
+    state: &AppState,
+    tenant: Tenant,
+    id: Uuid,
+    row: Option<JobRow>,
+) -> Result<Response, Problem> {
+    match row {
+        Some(row) => Ok(tagged(&shown(&state.database, row).await?)),
+        None => Err(missing(&state.database, tenant, id).await),
+    }
 }

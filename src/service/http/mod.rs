@@ -2,6 +2,7 @@
 
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
+use axum::serve::ListenerExt;
 use axum::{Json, Router};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -17,10 +18,13 @@ pub use openapi::document;
 mod admission;
 mod artifacts;
 mod auth;
+mod bundle;
+mod create;
 mod edge;
 mod events;
 mod extract;
 mod health;
+mod hub;
 mod job;
 mod jobs;
 mod models;
@@ -29,6 +33,8 @@ mod page;
 mod problem;
 mod range;
 mod results;
+mod uploads;
+mod workers;
 
 /// What every request can reach.
 #[derive(Clone)]
@@ -70,5 +76,11 @@ pub fn router(state: AppState) -> Router {
 /// When the listener fails.
 pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()> {
     let shutdown = state.shutdown.clone();
+    // Answers leave in pieces: none shall wait until the one before is acknowledged.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "small pieces wait for each other");
+        }
+    });
     axum::serve(listener, router(state)).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }

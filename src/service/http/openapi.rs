@@ -10,7 +10,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
-use super::{AppState, artifacts, events, health, jobs, models, results};
+use super::{
+    AppState, artifacts, bundle, create, events, health, hub, jobs, models, results, uploads, workers,
+};
 use crate::job::spec::JobSpec;
 
 #[derive(OpenApi)]
@@ -26,6 +28,9 @@ use crate::job::spec::JobSpec;
     tags(
         (name = "jobs", description = "Ask for a pruned model and follow the work"),
         (name = "results", description = "What a job found and left"),
+        (name = "uploads", description = "Texts that you bring"),
+        (name = "hub", description = "Results as the Hugging Face Hub serves models: set `HF_ENDPOINT` to this service's `/hf`"),
+        (name = "workers", description = "What there is to compute on"),
         (name = "models", description = "What can be pruned"),
         (name = "health", description = "How the service is"),
     ),
@@ -35,10 +40,15 @@ struct Frame;
 /// The routes that the document describes.
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(Frame::openapi())
+        .merge(create::routes())
         .merge(jobs::routes())
         .merge(events::routes())
         .merge(results::routes())
         .merge(artifacts::routes())
+        .merge(bundle::routes())
+        .merge(uploads::routes())
+        .merge(hub::routes())
+        .routes(routes!(workers::list))
         .routes(routes!(models::list))
         .routes(routes!(health::live))
         .routes(routes!(health::ready))

@@ -18,14 +18,22 @@ pub enum Code {
     InvalidJson,
     InvalidQuery,
     InvalidId,
+    InvalidHeader,
     InvalidSpec,
+    InvalidUpload,
+    IdempotencyKeyReused,
     Unauthorized,
     Forbidden,
     ForeignHost,
     ForeignOrigin,
     RouteNotFound,
     JobNotFound,
+    JobDeleted,
     ArtifactNotFound,
+    UploadNotFound,
+    UploadIncomplete,
+    DigestMismatch,
+    QuotaExceeded,
     ResultNotReady,
     MethodNotAllowed,
     NotAcceptable,
@@ -52,18 +60,26 @@ const fn row(name: &'static str, status: StatusCode, title: &'static str, remedy
 }
 
 impl Code {
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 30] = [
         Self::InvalidJson,
         Self::InvalidQuery,
         Self::InvalidId,
+        Self::InvalidHeader,
         Self::InvalidSpec,
+        Self::InvalidUpload,
+        Self::IdempotencyKeyReused,
         Self::Unauthorized,
         Self::Forbidden,
         Self::ForeignHost,
         Self::ForeignOrigin,
         Self::RouteNotFound,
         Self::JobNotFound,
+        Self::JobDeleted,
         Self::ArtifactNotFound,
+        Self::UploadNotFound,
+        Self::UploadIncomplete,
+        Self::DigestMismatch,
+        Self::QuotaExceeded,
         Self::ResultNotReady,
         Self::MethodNotAllowed,
         Self::NotAcceptable,
@@ -87,9 +103,17 @@ impl Code {
                 "The detail names the parameter. What each route takes is in the API documentation."),
             Self::InvalidId => row("invalid-id", S::BAD_REQUEST, "The id is not a UUID",
                 "Ids look like 019ab7c2-1f2e-7c3a-9d5e-0123456789ab; take them from the answer that created the thing."),
+            Self::InvalidHeader => row("invalid-header", S::BAD_REQUEST, "A header cannot be read",
+                "The detail names the header and what it may say."),
+            Self::IdempotencyKeyReused => row("idempotency-key-reused", S::UNPROCESSABLE_ENTITY,
+                "The Idempotency-Key stands for another request",
+                "A key marks one request, which may be sent again unchanged within 24 hours. Take a new key, such as a \
+                 new UUID, for a new request."),
             Self::InvalidSpec => row("invalid-spec", S::UNPROCESSABLE_ENTITY, "The job spec cannot be run",
                 "`errors` lists everything that is wrong, each with a JSON pointer to its place in the body. Nothing was \
                  created; mend all of it and send it again."),
+            Self::InvalidUpload => row("invalid-upload", S::UNPROCESSABLE_ENTITY, "The upload cannot be taken",
+                "`errors` lists everything that is wrong, each with its place."),
             Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed",
                 "Send `Authorization: Bearer sct_…` with a key this service knows."),
             Self::Forbidden => row("forbidden", S::FORBIDDEN, "The API key does not allow this",
@@ -103,9 +127,19 @@ impl Code {
             Self::RouteNotFound => row("route-not-found", S::NOT_FOUND, "There is nothing here",
                 "All routes are listed in the API documentation."),
             Self::JobNotFound => row("job-not-found", S::NOT_FOUND, "There is no such job",
-                "It never existed or was deleted. The list of jobs shows those there are."),
+                "It never existed. The list of jobs shows those there are."),
+            Self::JobDeleted => row("job-deleted", S::GONE, "The job was deleted",
+                "It and its files are gone; the detail says since when. Nothing brings them back."),
             Self::ArtifactNotFound => row("artifact-not-found", S::NOT_FOUND, "The job has no such file",
                 "The job's list of artifacts names every file it left, path and all."),
+            Self::UploadNotFound => row("upload-not-found", S::NOT_FOUND, "There is no such upload",
+                "It never existed, was deleted, or was not completed within a day. The list of uploads shows those there are."),
+            Self::UploadIncomplete => row("upload-incomplete", S::CONFLICT, "Parts of the upload are missing",
+                "The detail names them; send them and complete the upload again."),
+            Self::DigestMismatch => row("digest-mismatch", S::BAD_REQUEST, "The bytes are not what their digest says",
+                "They were damaged on their way, or are those of another file. Send them again."),
+            Self::QuotaExceeded => row("quota-exceeded", S::PAYLOAD_TOO_LARGE, "There is no room for it",
+                "The detail says how much there may be; delete what is not needed any more."),
             Self::ResultNotReady => row("result-not-ready", S::NOT_FOUND, "The result is not there yet",
                 "The stage that makes it has not finished, or the job ended before it. Follow the job's events."),
             Self::MethodNotAllowed => row("method-not-allowed", S::METHOD_NOT_ALLOWED, "This route has no such method",
@@ -173,6 +207,15 @@ impl Problem {
             more => format!("{} things are wrong with the spec.", more.len()),
         };
         Self { errors, ..Self::new(Code::InvalidSpec, detail) }
+    }
+
+    /// What is wrong with an upload.
+    pub fn upload(errors: Vec<Complaint>) -> Self {
+        let detail = match errors.as_slice() {
+            [one] => one.to_string(),
+            more => format!("{} things are wrong with the upload.", more.len()),
+        };
+        Self { errors, ..Self::new(Code::InvalidUpload, detail) }
     }
 
     /// Our own fault. What happened goes to the log, not to the caller.

@@ -111,7 +111,7 @@ impl App {
             "model": {"from": "hub", "repo": "org/name"}, "prune": {"amount": {"layers": 2}},
         });
         let spec = JobSpec::read(spec).unwrap();
-        self.database.job_insert(Tenant::DEFAULT, &NewJob { spec, priority: 0 }).await.unwrap()
+        self.database.job_insert(Tenant::DEFAULT, &NewJob::new(spec)).await.unwrap()
     }
 
     /// Takes the next job, as a worker does.
