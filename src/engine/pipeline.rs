@@ -389,14 +389,18 @@ impl Run<'_> {
             "healed_on": self.healing_texts()?,
         });
         workspace.once(cx, &inputs, |_| {
-            let place = |c: &CheckpointRef| workspace.dir().join(&c.path);
+            let place = |c: &CheckpointRef| eval::Place {
+                dir: workspace.dir().join(&c.path),
+                digest: c.digest.clone(),
+            };
             let checkpoints = eval::Checkpoints {
-                base: self.base.dir().to_owned(),
+                base: eval::Place { dir: self.base.dir().to_owned(), digest: model_digest.to_owned() },
                 pruned: place(pruned),
                 healed: healed.map(place),
             };
             let part = workspace.part(ITEMS)?;
-            let mut report = eval::evaluate(&checkpoints, &self.local.eval, self.local.seed, &part, cx)?;
+            let mut report =
+                eval::evaluate(&checkpoints, &self.local.eval, self.local.seed, &part, workspace, cx)?;
             report.overlap = overlap::find(self.local, self.base, cx)?;
             workspace.publish(&part, ITEMS)?;
             Ok((report, vec![ITEMS.to_owned()]))

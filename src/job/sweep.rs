@@ -7,7 +7,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::complaint::Complaint;
-use super::report::{Failure, Report, Scores};
+use super::report::{Decision, Failure, Report, Scores};
 use super::shape::Shapes;
 use super::spec::{HealMethod, JobSpec, PruneAmount, Strategy};
 
@@ -237,6 +237,8 @@ pub struct Outcome {
     pub latency_ms: Option<f64>,
     /// Optimizer steps of healing that was kept.
     pub heal_steps: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<Decision>,
 }
 
 impl Outcome {
@@ -263,6 +265,7 @@ impl Outcome {
             speedup: speed.map(|(b, s)| s.decode_tokens_per_s / b.decode_tokens_per_s),
             latency_ms: speed.map(|(_, s)| s.latency_ms),
             heal_steps: kept.map(|heal| heal.curve.len() as u64).sum(),
+            verdict: report.verdict.as_ref().map(|verdict| verdict.decision),
         }
     }
 
@@ -356,6 +359,7 @@ mod tests {
                 speedup: None,
                 latency_ms: Some(ms),
                 heal_steps: 0,
+                verdict: None,
             }),
             failure: None,
             on_front: false,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use secateur::engine::eval::loglikelihood::{Request, likelihoods};
 use secateur::engine::eval::tasks::ItemResult;
-use secateur::engine::eval::{Checkpoints, evaluate};
+use secateur::engine::eval::{Checkpoints, Place, evaluate};
 use secateur::engine::model::generate::continue_text;
 use secateur::engine::model::{Batch, Checkpoint, Decoder};
 use secateur::job::progress::Stage;
@@ -56,8 +56,10 @@ impl Desk {
     }
 
     fn evaluate(&self, spec: &EvalSpec) -> Result<EvalReport, String> {
-        let checkpoints = Checkpoints { base: self.base.clone(), pruned: self.pruned.clone(), healed: None };
-        evaluate(&checkpoints, spec, 3, &self.rig.path("eval_items"), self.rig.cx(Stage::Eval))
+        let place = |dir: &PathBuf| Place { dir: dir.clone(), digest: dir.display().to_string() };
+        let checkpoints = Checkpoints { base: place(&self.base), pruned: place(&self.pruned), healed: None };
+        let (items, workspace) = (self.rig.path("eval_items"), self.rig.workspace());
+        evaluate(&checkpoints, spec, 3, &items, &workspace, self.rig.cx(Stage::Eval))
             .map_err(|e| e.to_string())
     }
 

@@ -72,6 +72,7 @@ mod select;
 mod service_crash;
 mod state;
 mod support;
+#[cfg(feature = "engine")]
 mod sweep;
 mod tidy;
 #[cfg(feature = "engine")]

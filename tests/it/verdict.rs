@@ -1,6 +1,6 @@
 //! Ship, review or reject.
 
-use secateur::engine::eval::{Checkpoints, evaluate};
+use secateur::engine::eval::{Checkpoints, Place, evaluate};
 use secateur::engine::report::judge;
 use secateur::job::progress::Stage;
 use secateur::job::report::{
@@ -172,8 +172,10 @@ fn measured(change: impl Fn(&mut Weight)) -> (EvalReport, Decision) {
         gates: Gates { min_retention: None, max_perplexity_ratio: None, ..Gates::default() },
         ..EvalSpec::default()
     };
+    let [base, pruned] = [base, pruned].map(|dir| Place { digest: dir.display().to_string(), dir });
     let checkpoints = Checkpoints { base, pruned, healed: None };
-    let report = evaluate(&checkpoints, &spec, 5, &rig.path("items"), rig.cx(Stage::Eval)).unwrap();
+    let report =
+        evaluate(&checkpoints, &spec, 5, &rig.path("items"), &rig.workspace(), rig.cx(Stage::Eval)).unwrap();
     let decision = judge(&report, &spec).decision;
     (report, decision)
 }

@@ -1,13 +1,13 @@
 //! Evaluation items: JSON lines in the kinds of lm-evaluation-harness.
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::corpus::{label, lines, without_line};
 use crate::engine::{Error, Result};
 use crate::job::spec::Corpus;
 
 /// One item; fields beside these (`id`, `task`, …) are ignored.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Item {
     /// Which of `choices` goes on best after `context`.

@@ -1,5 +1,7 @@
 //! A cut checkpoint beside the base model, on the same windows, items and prompts.
 
+use serde::{Deserialize, Serialize};
+
 use super::tasks::ItemResult;
 use super::uncertainty::Resampled;
 use crate::engine::chance::stream_key;
@@ -8,6 +10,7 @@ use crate::job::report::{
 };
 
 /// What was found for each window and item of one checkpoint, in the order of its scores.
+#[derive(Serialize, Deserialize)]
 pub struct Found {
     /// Negative log-likelihood and scored tokens of each window, by text.
     pub windows: Vec<Vec<(f64, usize)>>,

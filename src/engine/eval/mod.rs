@@ -14,34 +14,47 @@ pub mod uncertainty;
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::data::items::{self, Item};
 use super::data::{Purpose, Wanted, Windows, label, windows};
 use super::model::generate::Prompt;
 use super::model::{Checkpoint, Decoder};
+use super::workspace::Workspace;
 use super::{Cx, Error, Result};
 use crate::job::report::{Comparison, EvalReport, Scores};
 use crate::job::spec::EvalSpec;
 use compared::Found;
 
-/// The checkpoints of a run, as directories.
+/// The checkpoints of a run.
 pub struct Checkpoints {
-    pub base: PathBuf,
-    pub pruned: PathBuf,
-    pub healed: Option<PathBuf>,
+    pub base: Place,
+    pub pruned: Place,
+    pub healed: Option<Place>,
+}
+
+/// Where a checkpoint is.
+pub struct Place {
+    pub dir: PathBuf,
+    /// Of what it holds: scores are kept by it.
+    pub digest: String,
 }
 
 /// What every checkpoint is measured on: the same tokens and items for all.
+#[derive(Serialize)]
 pub struct Material {
     texts: Vec<Text>,
     tasks: Vec<Task>,
     prompts: Vec<Prompt>,
 }
 
+#[derive(Serialize)]
 struct Text {
     corpus: String,
     windows: Windows,
 }
 
+#[derive(Serialize)]
 struct Task {
     name: String,
     items: Vec<Item>,
@@ -81,7 +94,7 @@ impl Material {
 }
 
 /// Measures base, pruned and healed checkpoint on the same things, and the latter two beside the first. The result of
-/// every item goes to `items_dir`, one file a checkpoint and task.
+/// every item goes to `items_dir`, one file a checkpoint and task; scores are kept in the workspace by what they are of.
 ///
 /// # Errors
 /// Data and model errors that name the file; a loss that is not finite names the checkpoint.
@@ -90,15 +103,22 @@ pub fn evaluate(
     spec: &EvalSpec,
     seed: u64,
     items_dir: &Path,
+    workspace: &Workspace,
     cx: Cx,
 ) -> Result<EvalReport> {
-    let base = Checkpoint::open(&checkpoints.base)?;
+    let base = Checkpoint::open(&checkpoints.base.dir)?;
     let material = Material::gather(&base, spec, seed, cx)?;
     let mut names = vec![("base", &checkpoints.base), ("pruned", &checkpoints.pruned)];
-    names.extend(checkpoints.healed.iter().map(|dir| ("healed", dir)));
+    names.extend(checkpoints.healed.iter().map(|place| ("healed", place)));
     let mut all = Vec::with_capacity(names.len());
-    for (which, dir) in &names {
-        all.push(measure(which, dir, &material, items_dir, cx)?);
+    for (which, place) in &names {
+        // A checkpoint is measured once on the same things, whatever else a run or the next one measures.
+        let inputs = (&place.digest, cx.compute.name(), &material);
+        let one = workspace.kept("scores", &inputs, || measure(which, &place.dir, &material, cx))?;
+        for (task, results) in material.tasks.iter().zip(&one.found.items) {
+            tasks::write(&items_dir.join(tasks::file_name(which, &task.name)), results)?;
+        }
+        all.push(one);
     }
     if !material.prompts.is_empty() {
         let written: Vec<Vec<Vec<u32>>> =
@@ -109,12 +129,13 @@ pub fn evaluate(
         }
     }
     let asked = compared::Asked { confidence: spec.gates.confidence, seed };
-    let beside = |(one, (which, _)): (&Measured, &(&str, &PathBuf))| {
+    let beside = |(one, (which, _)): (&Measured, &(&str, &Place))| {
         compared::compare(which, (&all[0].scores, &all[0].found), (&one.scores, &one.found), asked)
     };
     let mut compared: Vec<Comparison> = all.iter().zip(&names).skip(1).map(beside).collect();
     if spec.speed {
-        let opened = names.iter().map(|(_, dir)| Checkpoint::open(dir)).collect::<Result<Vec<_>>>()?;
+        let opened =
+            names.iter().map(|(_, place)| Checkpoint::open(&place.dir)).collect::<Result<Vec<_>>>()?;
         let turns = speed::Turns::take(&opened.iter().collect::<Vec<_>>(), cx)?;
         for (i, one) in all.iter_mut().enumerate() {
             one.scores.speed = Some(turns.speed(i));
@@ -131,6 +152,7 @@ pub fn evaluate(
 }
 
 /// What was measured of one checkpoint.
+#[derive(Serialize, Deserialize)]
 pub struct Measured {
     pub scores: Scores,
     pub found: Found,
@@ -139,7 +161,7 @@ pub struct Measured {
 }
 
 /// All that one checkpoint, `which` by name, comes to by itself.
-pub fn measure(which: &str, dir: &Path, material: &Material, items_dir: &Path, cx: Cx) -> Result<Measured> {
+pub fn measure(which: &str, dir: &Path, material: &Material, cx: Cx) -> Result<Measured> {
     let memory = memory::Watch::start();
     let checkpoint = Checkpoint::open(dir)?;
     let decoder = Decoder::open(&checkpoint, cx.compute)?;
@@ -152,7 +174,6 @@ pub fn measure(which: &str, dir: &Path, material: &Material, items_dir: &Path, c
     let (mut tasks, mut items) = (Vec::new(), Vec::new());
     for task in &material.tasks {
         let results = tasks::answer(&decoder, &checkpoint.tokenizer()?, which, &task.name, &task.items, cx)?;
-        tasks::write(&items_dir.join(tasks::file_name(which, &task.name)), &results)?;
         tasks.push(tasks::score(&task.name, &task.items, &results));
         items.push(results);
     }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling};
 use rayon::prelude::*;
+use serde::Serialize;
 
 use super::batch::Batch;
 use super::cache::KvCache;
@@ -26,7 +27,7 @@ pub struct Writing {
 }
 
 /// A text to go on from.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Prompt {
     /// At least one.
     pub tokens: Vec<u32>,

@@ -46,8 +46,18 @@ pub fn page(report: &SweepReport) -> String {
 /// Its heads and rows, for a page or a terminal; what no job has, has no column.
 #[must_use]
 pub fn side_by_side(report: &SweepReport) -> (Vec<&'static str>, Vec<Vec<String>>) {
-    const HEAD: [&str; 9] =
-        ["job", "front", "cut", "share", "perplexity", "accuracy", "decode", "weights", "heal steps"];
+    const HEAD: [&str; 10] = [
+        "job",
+        "front",
+        "verdict",
+        "cut",
+        "share",
+        "perplexity",
+        "accuracy",
+        "decode",
+        "weights",
+        "heal steps",
+    ];
     let rows: Vec<Vec<String>> = report.rows.iter().filter_map(cells).collect();
     let used = |i: &usize| rows.iter().any(|row| !matches!(row[*i].as_str(), "" | "–" | "0"));
     let columns: Vec<usize> = (0..HEAD.len()).filter(used).collect();
@@ -77,6 +87,7 @@ fn cells(row: &SweepRow) -> Option<Vec<String>> {
     Some(vec![
         row.name.clone(),
         if row.on_front { "●".into() } else { String::new() },
+        outcome.verdict.map_or_else(none, |verdict| verdict.name().to_owned()),
         runs_text(&outcome.dropped),
         format!("{:.1}\u{a0}%", 100.0 * outcome.rate),
         times(outcome.perplexity_ratio),
