@@ -289,7 +289,7 @@ def follow(api, job, display):
 
 def table(report):
     """Base, pruned and healed, side by side, as lines of Markdown."""
-    scores = {name: found for name, found in report["eval"].items() if found}
+    scores = {name: report["eval"][name] for name in ("base", "pruned", "healed") if report["eval"].get(name)}
     columns = list(scores.values())
     rows = [
         ["layers", *(str(s["layer_count"]) for s in columns)],
@@ -374,6 +374,9 @@ def demo(binary, spec_path, model, out):
     print(f"\nThe downloaded model writes:\n\n  {words.replace(chr(10), chr(10) + '  ')}\n")
     print(f"Layers dropped: {dropped}\n")
     print("\n".join(table(report)))
+    verdict = report["verdict"]
+    print(f"\nVerdict on the {verdict['checkpoint']} model: {verdict['decision']}")
+    print("\n".join(f"  {reason}" for reason in verdict["reasons"]))
     for remark in report["remarks"]:
         print(f"\nNote: {remark}")
     print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. What is left:")
