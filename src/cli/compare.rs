@@ -1,12 +1,12 @@
 //! `secateur compare`: several results side by side.
 
-use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
 
 use super::print;
+use super::table::table;
 use crate::engine::report::side_by_side;
 use crate::job::report::Report;
 
@@ -35,23 +35,6 @@ fn read(path: &Path) -> anyhow::Result<(String, Report)> {
     let directory = if path.is_dir() { Some(path) } else { path.parent() };
     let called = directory.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
     Ok((called.unwrap_or_else(|| path.display().to_string()), report))
-}
-
-fn table(rows: &[(String, Vec<String>)]) -> String {
-    let width = |text: &String| text.chars().count();
-    let first = rows.iter().map(|(label, _)| width(label)).max().unwrap_or(0);
-    let columns = rows.first().map_or(0, |(_, cells)| cells.len());
-    let widths: Vec<usize> =
-        (0..columns).map(|i| rows.iter().map(|(_, cells)| width(&cells[i])).max().unwrap_or(0)).collect();
-    let mut out = String::new();
-    for (label, cells) in rows {
-        write!(out, "{label:<first$}").ok();
-        for (cell, width) in cells.iter().zip(&widths) {
-            write!(out, "  {cell:>width$}").ok();
-        }
-        out.push('\n');
-    }
-    out
 }
 
 fn json(rows: &[(String, Vec<String>)]) -> anyhow::Result<String> {

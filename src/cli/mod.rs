@@ -34,6 +34,8 @@ mod size;
 mod spec;
 #[cfg(feature = "engine")]
 mod sweep;
+#[cfg(feature = "engine")]
+mod table;
 #[cfg(feature = "service")]
 mod up;
 #[cfg(feature = "service")]

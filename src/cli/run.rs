@@ -81,18 +81,12 @@ impl Trouble {
     pub fn unreadable(why: &anyhow::Error) -> Self {
         Self::BadSpec(vec![Complaint { pointer: String::new(), message: format!("{why:#}") }])
     }
+}
 
-    /// For those who read a failure.
-    pub fn failure(self) -> Failure {
-        match self {
-            Self::Failed(failure) => failure,
-            Self::Stopped => Failure { kind: FailureKind::Crash, stage: None, message: "stopped".into() },
-            Self::BadSpec(complaints) => {
-                let lines: Vec<String> = complaints.iter().map(ToString::to_string).collect();
-                Failure { kind: FailureKind::Spec, stage: None, message: lines.join("; ") }
-            }
-        }
-    }
+/// What is wrong with a spec, as a failure.
+pub fn refusal(complaints: &[Complaint]) -> Failure {
+    let lines: Vec<String> = complaints.iter().map(ToString::to_string).collect();
+    Failure { kind: FailureKind::Spec, stage: None, message: lines.join("; ") }
 }
 
 impl From<Error> for Trouble {
@@ -180,11 +174,9 @@ impl ComputeArgs {
 pub fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
     match trouble {
         Trouble::BadSpec(complaints) => {
-            let lines: Vec<String> = complaints.iter().map(ToString::to_string).collect();
-            let failure = Failure { kind: FailureKind::Spec, stage: None, message: lines.join("; ") };
-            observer.event(Event::Failed { failure });
-            for line in &lines {
-                eprintln!("{line}");
+            observer.event(Event::Failed { failure: refusal(&complaints) });
+            for complaint in &complaints {
+                eprintln!("{complaint}");
             }
             ExitCode::from(2)
         }

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 
 use super::observe::Terminal;
 use super::process;
-use super::run::{ComputeArgs, Trouble, end, go};
-use super::spec;
+use super::run::{ComputeArgs, Trouble, end, go, refusal};
+use super::table::table;
+use super::{print, spec};
 use crate::engine::report::sweep::{missing, page, side_by_side};
 use crate::engine::workspace::{write_atomic, write_json};
 use crate::engine::{Error, at};
 use crate::job::progress::Observer;
-use crate::job::report::Report;
+use crate::job::report::{Failure, Report};
 use crate::job::sweep::{Child, Outcome, SweepReport, SweepRow, SweepSpec, mark_front};
 
 #[derive(clap::Args)]
@@ -74,25 +75,22 @@ fn sweep(args: &Args, observer: &dyn Observer) -> Result<bool, Trouble> {
     let version = env!("CARGO_PKG_VERSION").to_owned();
     let mut report = SweepReport { secateur_version: version, spec: asked, base: None, rows: rows.collect() };
     for (i, child) in children.iter().enumerate() {
-        println!("\n{} ({} of {})", child.name, i + 1, children.len());
+        print(&format!("\n{} ({} of {})\n", child.name, i + 1, children.len()));
         match done(args, child).map_or_else(|| job(args, child, observer), Ok) {
             Ok(found) => {
                 report.rows[i].outcome = Some(Outcome::of(&found));
                 report.base.get_or_insert(found.eval.base);
             }
             // The others may well succeed.
+            Err(Trouble::Failed(failure)) => fail(&mut report.rows[i], failure),
+            Err(Trouble::BadSpec(complaints)) => fail(&mut report.rows[i], refusal(&complaints)),
             Err(Trouble::Stopped) => return Err(Trouble::Stopped),
-            Err(trouble) => {
-                let failure = trouble.failure();
-                eprintln!("{}: {}", child.name, failure.message);
-                report.rows[i].failure = Some(failure);
-            }
         }
         mark_front(&mut report.rows);
         write_json(&args.workspace.join("sweep.json"), &report)?;
         write_atomic(&args.workspace.join("sweep.html"), page(&report).as_bytes())?;
     }
-    print(&report, &args.workspace);
+    print(&summary(&report, &args.workspace));
     Ok(report.rows.iter().any(|row| row.failure.is_some()))
 }
 
@@ -127,19 +125,20 @@ fn moved(work: &Path, to: &Path, keep: Keep) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The table, for a person.
-fn print(report: &SweepReport, workspace: &Path) {
+fn fail(row: &mut SweepRow, failure: Failure) {
+    eprintln!("{}: {}", row.name, failure.message);
+    row.failure = Some(failure);
+}
+
+/// The table and where the page is, for a person.
+fn summary(report: &SweepReport, workspace: &Path) -> String {
     let (head, rows) = side_by_side(report);
     let head = head.into_iter().map(String::from).collect();
-    let lines: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();
-    let width = |column: usize| lines.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    println!();
-    for row in &lines {
-        let cells = row.iter().enumerate().map(|(i, cell)| format!("{cell:<0$}", width(i)));
-        println!("{}", cells.collect::<Vec<_>>().join("  ").trim_end());
-    }
-    for sentence in missing(report) {
-        println!("! {sentence}");
-    }
-    println!("\nreport      {}", workspace.join("sweep.html").display());
+    let split = |row: Vec<String>| {
+        let mut cells = row.into_iter();
+        (cells.next().unwrap_or_default(), cells.collect())
+    };
+    let lines: Vec<(String, Vec<String>)> = std::iter::once(head).chain(rows).map(split).collect();
+    let missing: String = missing(report).iter().map(|sentence| format!("! {sentence}\n")).collect();
+    format!("\n{}{missing}\nreport      {}\n", table(&lines), workspace.join("sweep.html").display())
 }

@@ -11,7 +11,7 @@ use crate::job::heal::QloraSettings;
 /// Trains adapters and has them merged.
 pub fn heal(case: &Case, settings: &QloraSettings) -> Result<Remedy> {
     let trained = train(Course::of(case, settings.bits, &settings.training)?, settings)?;
-    Ok(Remedy { adapters: trained.trainables.trained_adapters().collect(), ..Remedy::trained(case, trained) })
+    Ok(Remedy { adapters: trained.trainables.trained_adapters(), ..Remedy::trained(case, trained) })
 }
 
 /// Trains fresh adapters.

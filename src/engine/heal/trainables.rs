@@ -122,10 +122,10 @@ impl Trainables {
     }
 
     /// All adapters with their layers, without dropout and gradient; none where weights are trained.
-    pub fn trained_adapters(&self) -> impl Iterator<Item = (usize, LinearShape, Adapter)> {
+    pub fn trained_adapters(&self) -> Vec<(usize, LinearShape, Adapter)> {
         let places = self.places.iter().enumerate();
         let places = places.flat_map(|(layer, places)| places.iter().map(move |place| (layer, *place)));
-        let Kind::Adapters { scale, .. } = self.kind else { return Vec::new().into_iter() };
+        let Kind::Adapters { scale, .. } = self.kind else { return Vec::new() };
         let adapter = |(layer, place): (usize, Place)| {
             let value = |i: usize| self.variables[i].as_detached_tensor();
             (
@@ -134,13 +134,14 @@ impl Trainables {
                 Adapter { a: value(place.at), b: value(place.at + 1), scale, dropout: None },
             )
         };
-        places.map(adapter).collect::<Vec<_>>().into_iter()
+        places.map(adapter).collect()
     }
 
     /// What is to be done to the checkpoint it was trained for.
     pub fn changes(&self, config: &Config) -> Changes {
         let mut out: Changes = self
             .trained_adapters()
+            .into_iter()
             .map(|(layer, linear, adapter)| (weight_name(config, layer, &linear), Change::Merge(adapter)))
             .collect();
         if matches!(self.kind, Kind::Weights) {

@@ -16,14 +16,8 @@ use crate::job::training::Training;
 pub fn page(report: &Report, stages: &[StageSummary]) -> String {
     let name = report.spec.name.clone().unwrap_or_else(|| "Pruning report".into());
     let said = summary(report);
-    let mut out = format!(
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>\
-         <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
-         <style>{STYLE}{PLOTS}</style></head><body><main><header><p class='kicker'>{0}</p><h1>{1}</h1>",
-        escape(&name),
-        // A number and its sign stay on one line.
-        escape(&said[0].replace(" %", "\u{a0}%"))
-    );
+    // A number and its sign stay on one line.
+    let mut out = opened(&name, &said[0].replace(" %", "\u{a0}%"));
     for sentence in &said[1..] {
         put(&mut out, &format!("<p>{}</p>", escape(sentence)));
     }
@@ -47,6 +41,17 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
         &format!("<footer>secateur {}</footer></main></body></html>\n", escape(&report.secateur_version)),
     );
     out
+}
+
+/// How a page called `name` begins: up to its heading.
+pub(super) fn opened(name: &str, heading: &str) -> String {
+    format!(
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>\
+         <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
+         <style>{STYLE}{PLOTS}</style></head><body><main><header><p class='kicker'>{0}</p><h1>{1}</h1>",
+        escape(name),
+        escape(heading)
+    )
 }
 
 /// Text made safe inside elements and quoted attributes.
@@ -415,7 +420,7 @@ pub(super) fn details(out: &mut String, summary: &str, head: &[&str], rows: &[Ve
     put(out, "</details>");
 }
 
-pub const STYLE: &str = "
+const STYLE: &str = "
 :root{color-scheme:light dark;--ink:#1c1d1f;--soft:#63676d;--paper:#fdfcf9;--rule:#dfdcd4;--accent:#9c3d1f;--leaf:#2f6f4f;--wash:#f4f1e9}
 @media(prefers-color-scheme:dark){:root{--ink:#e9e7e1;--soft:#a3a6ab;--paper:#17181a;--rule:#36383c;--accent:#f0936f;--leaf:#7cc4a0;--wash:#202225}}
 *{box-sizing:border-box}

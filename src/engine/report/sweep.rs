@@ -1,8 +1,8 @@
 //! A sweep as one page: its table and its curves.
 
-use super::html::{STYLE, escape, figure, list, put, table};
+use super::html::{escape, figure, list, opened, put, table};
 use super::lines::{Point, Series, lines};
-use super::plot::{Figure, STYLE as PLOTS};
+use super::plot::Figure;
 use super::{bytes, svg::runs_text};
 use crate::job::sweep::{Outcome, SweepReport, SweepRow};
 
@@ -11,15 +11,8 @@ pub fn page(report: &SweepReport) -> String {
     let name = report.spec.name.clone().unwrap_or_else(|| "Sweep".into());
     let done = report.rows.iter().filter(|row| row.outcome.is_some()).count();
     let failed = report.rows.iter().filter(|row| row.failure.is_some()).count();
-    let mut out = format!(
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>\
-         <meta name='viewport' content='width=device-width, initial-scale=1'><title>{0}</title>\
-         <style>{STYLE}{PLOTS}</style></head><body><main><header><p class='kicker'>{0}</p>\
-         <h1>{done} of {1} jobs done{2}</h1>",
-        escape(&name),
-        report.rows.len(),
-        if failed > 0 { format!(", {failed} failed") } else { String::new() }
-    );
+    let failed = if failed > 0 { format!(", {failed} failed") } else { String::new() };
+    let mut out = opened(&name, &format!("{done} of {} jobs done{failed}", report.rows.len()));
     put(
         &mut out,
         "<p>All against the base model. Those on the front are beaten by no other one in perplexity, accuracy, size \
