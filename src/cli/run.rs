@@ -27,6 +27,10 @@ pub struct Args {
     /// End after this stage: profile, select, prune, heal, eval or report.
     #[arg(long, value_name = "STAGE")]
     until: Option<Stage>,
+    /// Directory of records that runs share: what one has measured of a model (profile, damage, scores) serves the
+    /// next, whatever its workspace. Without it, only the records of the workspace are used.
+    #[arg(long, value_name = "DIR")]
+    records: Option<PathBuf>,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Write events to standard output as one JSON object a line, and nothing else there.
@@ -119,7 +123,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Err(e) => return Ok(end(Trouble::unreadable(&e), &*observer)),
     };
     let asked = JobSpec::read(value).map_err(Trouble::BadSpec);
-    let ended = asked.and_then(|asked| go(&asked, &args.compute, &args.workspace, args.until, &*observer));
+    let place = Place { workspace: &args.workspace, records: args.records.as_deref() };
+    let ended = asked.and_then(|asked| go(&asked, &args.compute, place, args.until, &*observer));
     match ended {
         Ok(None) => Ok(ExitCode::SUCCESS),
         Ok(Some(report)) => {
@@ -132,16 +137,24 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// Where a job's results and records go.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    pub workspace: &'a Path,
+    /// Of records that several runs use.
+    pub records: Option<&'a Path>,
+}
+
 /// Runs a job, to its end or until a stage.
 pub fn go(
     asked: &JobSpec,
     args: &ComputeArgs,
-    workspace: &Path,
+    place: Place,
     until: Option<Stage>,
     observer: &dyn Observer,
 ) -> Result<Option<Report>, Trouble> {
     let mut compute = compute(&args.device, args.precision)?;
-    compute.memory = Memory::new(args.memory_limit, workspace);
+    compute.memory = Memory::new(args.memory_limit, place.workspace);
     compute.memory.keep_freed();
     let local = fetch::localize(asked, observer)?;
     let ModelSource::Path { path } = &local.model else {
@@ -152,7 +165,8 @@ pub fn go(
     if !complaints.is_empty() {
         return Err(Trouble::BadSpec(complaints));
     }
-    let run = Run { asked, local: &local, base: &base, compute: &compute, observer, until };
+    let Place { workspace, records } = place;
+    let run = Run { asked, local: &local, base: &base, compute: &compute, observer, until, records };
     Ok(run.go(workspace)?)
 }
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use super::observe::Terminal;
 use super::process;
-use super::run::{ComputeArgs, Trouble, end, go, refusal};
+use super::run::{ComputeArgs, Place, Trouble, end, go, refusal};
 use super::table::table;
 use super::{print, spec};
 use crate::engine::report::sweep::{missing, page, side_by_side};
@@ -103,7 +103,8 @@ fn done(args: &Args, child: &Child) -> Option<Report> {
 
 fn job(args: &Args, child: &Child, observer: &dyn Observer) -> Result<Report, Trouble> {
     let work = args.workspace.join(RUNNING);
-    let report = go(&child.spec, &args.compute, &work, None, observer)?;
+    let place = Place { workspace: &work, records: None };
+    let report = go(&child.spec, &args.compute, place, None, observer)?;
     let report = report.ok_or_else(|| Error::bug("a whole job without a report"))?;
     let to = args.workspace.join(JOBS).join(&child.name);
     moved(&work, &to, args.keep).map_err(at(&to))?;

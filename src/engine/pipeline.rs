@@ -1,7 +1,9 @@
 //! The road of one job, straight on: profile, select, prune, heal, eval, report.
 //! Each stage is done once for the same inputs, however often the road is walked.
 
-use std::path::Path;
+mod budget;
+
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
@@ -14,12 +16,15 @@ use super::report::{Findings, card, page, plots};
 use super::select::{Measured, Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
+use crate::job::budget::BudgetReport;
 use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
     Ablation, CheckpointRef, Decision, EvalReport, FailureKind, HealReport, LayerProfile, LayerSelection,
     Report, StageSummary, Zone,
 };
-use crate::job::spec::{Corpus, DamageSpec, Gates, HealMethod, JobSpec, OnReject, OverlapPolicy, Share};
+use crate::job::spec::{
+    Corpus, DamageSpec, Gates, HealMethod, JobSpec, OnReject, OverlapPolicy, PruneAmount, Share,
+};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
@@ -37,6 +42,8 @@ pub struct Run<'a> {
     pub observer: &'a dyn Observer,
     /// The last stage to do; all of them when absent.
     pub until: Option<Stage>,
+    /// Directory of records that other runs use as well.
+    pub records: Option<&'a Path>,
 }
 
 impl Run<'_> {
@@ -51,44 +58,73 @@ impl Run<'_> {
 
     fn walk(&self, workspace: &Path) -> Result<Option<Report>> {
         self.check()?;
-        let workspace = &Workspace::open(workspace)?;
+        let shared: Vec<PathBuf> = self.records.iter().map(|dir| dir.to_path_buf()).collect();
+        let workspace = &Workspace::open(workspace)?.sharing(shared);
         let model_digest = &self.base.digest()?;
-        let mut stages = Vec::new();
+        let Some(budget) = self.local.prune.budget().filter(|_| self.until != Some(Stage::Profile)) else {
+            return self.road(workspace, model_digest, None);
+        };
+        let found = self.within(budget, workspace, model_digest)?;
+        let mut local = self.local.clone();
+        local.prune.amount = Some(PruneAmount::Layers(found.layers));
+        local.eval.gates = budget.over(&local.eval.gates);
+        Run { local: &local, ..*self }.road(workspace, model_digest, Some(found))
+    }
 
+    /// The road for a number of layers that is known.
+    fn road(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        budget: Option<BudgetReport>,
+    ) -> Result<Option<Report>> {
+        let mut stages = Vec::new();
+        let Some(found) = self.measured(workspace, model_digest, &mut stages)? else { return Ok(None) };
+        let report = self.report(workspace, Findings { budget, ..found }, &stages)?;
+        self.accept(&report).map_err(|e| e.at(Stage::Report))?;
+        Ok(Some(report))
+    }
+
+    /// All stages but the report.
+    fn measured(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        stages: &mut Vec<StageSummary>,
+    ) -> Result<Option<Findings>> {
         let profile = self.profile(workspace, model_digest)?;
-        if self.ends(Stage::Profile, &profile, &mut stages) {
+        if self.ends(Stage::Profile, &profile, stages) {
             return Ok(None);
         }
         let selection = self.select(workspace, model_digest, &profile.value)?;
-        if self.ends(Stage::Select, &selection, &mut stages) {
+        if self.ends(Stage::Select, &selection, stages) {
             return Ok(None);
         }
         let pruned = self.prune(workspace, model_digest, &selection.value)?;
-        if self.ends(Stage::Prune, &pruned, &mut stages) {
+        if self.ends(Stage::Prune, &pruned, stages) {
             return Ok(None);
         }
         let heal = self.heal(workspace, model_digest, &selection.value, &pruned.value)?;
-        if self.ends(Stage::Heal, &heal, &mut stages) {
+        if self.ends(Stage::Heal, &heal, stages) {
             return Ok(None);
         }
         let healed = heal.value.iter().rev().find_map(|h| h.checkpoint.as_ref());
         let eval = self.eval(workspace, model_digest, &pruned.value, healed)?;
-        if self.ends(Stage::Eval, &eval, &mut stages) {
+        if self.ends(Stage::Eval, &eval, stages) {
             return Ok(None);
         }
-        let findings = Findings {
+        Ok(Some(Findings {
             spec: self.asked.clone(),
-            model_digest: model_digest.clone(),
+            judged_by: self.local.eval.clone(),
+            model_digest: model_digest.to_owned(),
+            budget: None,
             profile: profile.value,
             selection: selection.value,
             pruned: pruned.value,
             heal: heal.value,
             eval: eval.value,
             files: pruned.files.into_iter().chain(heal.files).collect(),
-        };
-        let report = self.report(workspace, findings, &stages)?;
-        self.accept(&report).map_err(|e| e.at(Stage::Report))?;
-        Ok(Some(report))
+        }))
     }
 
     /// All that can be known to be wrong before anything is computed.
@@ -97,6 +133,10 @@ impl Run<'_> {
         if !complaints.is_empty() {
             let all: Vec<String> = complaints.iter().map(ToString::to_string).collect();
             return Err(Error::spec(all.join("; ")));
+        }
+        if let Some(budget) = self.local.prune.budget() {
+            let most = self.local.prune.most_layers(self.base.config().layer_count as u32);
+            self.least_layers(budget, most)?;
         }
         // Finds what cannot be cut before hours are spent on the way to the cut.
         Cut::plan(self.base.index(), &[], None)?;
@@ -162,7 +202,7 @@ impl Run<'_> {
             "seq_len": seq_len,
             "position": spec.position,
             "distance": spec.distance,
-            "confidence": spec.confidence.map(|asked| (asked, self.dropped_at_most())),
+            "confidence": spec.confidence.map(|asked| (asked, self.profiled_for())),
             "logit_lens": spec.logit_lens,
             "ablation": if spec.ablation { Some((spec.zones, self.damage_inputs(model_digest)?)) } else { None },
         });
@@ -173,7 +213,7 @@ impl Run<'_> {
             let wanted = self.calibration_wanted();
             let windows = self.windows(workspace, model_digest, &spec.corpus, &wanted, cx)?;
             let mut profile =
-                profile::profile(self.base, &windows.ids, spec, self.dropped_at_most() as usize, cx)?;
+                profile::profile(self.base, &windows.ids, spec, self.profiled_for() as usize, cx)?;
             if spec.ablation {
                 profile.ablation = self.ablation(workspace, model_digest, cx)?;
             }
@@ -501,6 +541,13 @@ impl Run<'_> {
     fn heal_seq_len(&self, method: &HealMethod) -> usize {
         let facts = self.base.config().facts();
         method.settings(self.local.preset, &facts, self.dropped_at_most()).seq_len() as usize
+    }
+
+    /// Blocks up to so many layers must be told apart: the same for all that a budget makes the job try.
+    fn profiled_for(&self) -> u32 {
+        let (prune, layer_count) = (&self.asked.prune, self.base.config().layer_count as u32);
+        let promised = prune.budget().map(|_| prune.most_layers(layer_count));
+        promised.unwrap_or_else(|| self.dropped_at_most())
     }
 
     fn dropped_at_most(&self) -> u32 {

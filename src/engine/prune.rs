@@ -46,6 +46,11 @@ impl<'a> Cut<'a> {
         draft.write(workspace, PRUNED, cx, |tensor| Content::of(base, &sources[&tensor.name]))
     }
 
+    /// Bytes of the tensors it will hold.
+    pub fn size_bytes(&self) -> u64 {
+        self.draft.size_bytes()
+    }
+
     /// Writes it into the empty directory `dir`.
     pub fn write_to(self, dir: &Path, cx: Cx) -> Result<CheckpointRef> {
         let Self { base, sources, draft } = self;

@@ -26,6 +26,8 @@ const ENGINE: &str = concat!(env!("CARGO_PKG_VERSION"), "+6");
 /// The directory of one run, held by this process alone.
 pub struct Workspace {
     dir: PathBuf,
+    /// Directories of records that other runs use as well, the nearest first.
+    shared: Vec<PathBuf>,
     /// The lock goes with the file handle, however the process ends.
     _lock: File,
 }
@@ -64,7 +66,7 @@ impl Workspace {
     /// A storage error when the directory cannot be used, or another run holds it.
     pub fn open(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir.join(RECORDS)).map_err(at(dir))?;
-        let path = dir.join(".lock");
+        let path = dir.join(LOCK);
         let lock = File::create(&path).map_err(at(&path))?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -79,9 +81,21 @@ impl Workspace {
             }
             Err(TryLockError::Error(e)) => return Err(at(&path)(e)),
         }
-        let workspace = Self { dir: dir.to_owned(), _lock: lock };
+        let workspace = Self { dir: dir.to_owned(), shared: Vec::new(), _lock: lock };
         remove(&workspace.dir.join(PARTS))?;
         Ok(workspace)
+    }
+
+    /// The same workspace, which also looks for records in `directories` and leaves there what it finds out. Records
+    /// whose result is in files stay where the files are.
+    #[must_use]
+    pub fn sharing(self, directories: Vec<PathBuf>) -> Self {
+        Self { shared: directories, ..self }
+    }
+
+    /// Where to look for records in the stead of this workspace, for [`Workspace::sharing`].
+    pub fn sources(&self) -> Vec<PathBuf> {
+        std::iter::once(self.dir.join(RECORDS)).chain(self.shared.iter().cloned()).collect()
     }
 
     pub fn dir(&self) -> &Path {
@@ -106,12 +120,16 @@ impl Workspace {
         cx.check()?;
         let input_digest = digest_of(&(ENGINE, stage, inputs))?;
         let record_path = self.dir.join(RECORDS).join(format!("{stage}-{}.json", &input_digest[..32]));
+        self.fetch(&record_path);
         let found = self.find::<T>(&record_path, &input_digest);
         let reused = found.is_some();
         let record = match found {
             Some(record) => record,
             None => self.work(stage, &input_digest, &record_path, started, work).map_err(|e| e.at(stage))?,
         };
+        if !reused && record.files.is_empty() {
+            self.share(&record_path);
+        }
         self.publish_value(stage, &record.value).map_err(|e| e.at(stage))?;
         let duration_ms = started.elapsed().as_millis() as u64;
         cx.observer.event(Event::StageFinished { stage, reused, duration_ms, input_digest });
@@ -131,12 +149,58 @@ impl Workspace {
         let input_digest = digest_of(&(ENGINE, name, inputs))?;
         let path = self.dir.join(RECORDS).join(format!("{name}-{}.json", &input_digest[..32]));
         let read = || serde_json::from_slice::<Kept<T>>(&fs::read(&path).ok()?).ok();
+        self.fetch(&path);
         if let Some(kept) = read().filter(|kept| kept.input_digest == input_digest) {
             return Ok(kept.value);
         }
         let kept = Kept { input_digest, value: make()? };
         write_atomic(&path, &serde_json::to_vec(&kept).map_err(Error::bug)?)?;
+        self.share(&path);
         Ok(kept.value)
+    }
+
+    /// Brings a record here that another run has shared, where there is none.
+    fn fetch(&self, record: &Path) {
+        let Some(name) = record.file_name().filter(|_| !record.exists()) else { return };
+        if let Some(found) = self.shared.iter().map(|dir| dir.join(name)).find(|path| path.exists()) {
+            // What cannot be fetched is made again.
+            let _ = copy_atomic(&found, record);
+        }
+    }
+
+    /// Leaves a record for other runs. It is for their sake: where it cannot be written, this run goes on.
+    fn share(&self, record: &Path) {
+        let Some(name) = record.file_name() else { return };
+        for dir in &self.shared {
+            let _ = fs::create_dir_all(dir).and_then(|()| copy_atomic(record, &dir.join(name)));
+        }
+    }
+
+    /// Takes over all that another workspace holds, instead of what is here; that one is gone then.
+    ///
+    /// # Errors
+    /// A storage error; what was taken over by then is whole.
+    pub fn adopt(&self, other: Self) -> Result<()> {
+        let from = other.dir.clone();
+        drop(other);
+        let records = from.join(RECORDS);
+        for entry in fs::read_dir(&from).map_err(at(&from))? {
+            let entry = entry.map_err(at(&from))?;
+            let name = entry.file_name();
+            if ![RECORDS, PARTS, SCRATCH, LOCK].iter().any(|own| name == *own) {
+                let target = self.dir.join(&name);
+                remove(&target)?;
+                fs::rename(entry.path(), &target).map_err(at(&target))?;
+            }
+        }
+        // Last: a record without its files is none.
+        for entry in fs::read_dir(&records).map_err(at(&records))? {
+            let entry = entry.map_err(at(&records))?;
+            let target = self.dir.join(RECORDS).join(entry.file_name());
+            fs::rename(entry.path(), &target).map_err(at(&target))?;
+        }
+        sync_dir(&self.dir)?;
+        remove(&from)
     }
 
     /// A directory to build something in; gone with the next [`Workspace::open`].
@@ -183,7 +247,7 @@ impl Workspace {
         for stale in Stage::ALL.into_iter().filter(|s| *s >= stage).filter_map(value_file) {
             self.retract(stale)?;
         }
-        let scratch = self.dir.join("scratch").join(format!("{stage}-{}", &input_digest[..32]));
+        let scratch = self.dir.join(SCRATCH).join(format!("{stage}-{}", &input_digest[..32]));
         let (value, left) = work(&scratch)?;
         let mut files = BTreeMap::new();
         for name in &left {
@@ -219,6 +283,8 @@ impl Workspace {
 
 const RECORDS: &str = "records";
 const PARTS: &str = "parts";
+const SCRATCH: &str = "scratch";
+const LOCK: &str = ".lock";
 
 const fn value_file(stage: Stage) -> Option<&'static str> {
     match stage {
@@ -268,6 +334,14 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(at(&part))?;
     fs::rename(&part, path).map_err(at(path))?;
     path.parent().map_or(Ok(()), sync_dir)
+}
+
+/// Copies a file, whole or not at all, whoever else writes it.
+fn copy_atomic(from: &Path, to: &Path) -> io::Result<()> {
+    let mut part = to.as_os_str().to_owned();
+    part.push(format!(".{}.part", std::process::id()));
+    fs::copy(from, &part)?;
+    fs::rename(&part, to)
 }
 
 fn sync_dir(dir: &Path) -> Result<()> {

@@ -94,8 +94,12 @@ pub struct Gates {
     pub max_perplexity_ratio: Option<f64>,
     /// Tokens per second while decoding, relative to the base model's.
     pub min_speedup: Option<f64>,
+    /// Per decoded token, on the device of the job.
+    pub max_latency_ms: Option<f64>,
     /// Of the weight files.
     pub max_size_bytes: Option<u64>,
+    /// Peak memory while the checkpoint is measured, on the device of the job.
+    pub max_memory_bytes: Option<u64>,
     /// Of the texts that the base model writes well (see `generation`), the share that the result does not.
     pub max_broken: Option<f64>,
     /// Of intervals, e.g. 0.95.
@@ -109,7 +113,9 @@ impl Default for Gates {
             min_retention: Some(0.8),
             max_perplexity_ratio: Some(2.0),
             min_speedup: None,
+            max_latency_ms: None,
             max_size_bytes: None,
+            max_memory_bytes: None,
             max_broken: Some(0.2),
             confidence: 0.95,
         }

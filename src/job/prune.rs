@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::budget::Budget;
 use super::spec::{Corpus, TaskSpec};
 
 /// How much to cut and by which rule.
@@ -39,7 +40,23 @@ impl PruneSpec {
         if self.strategy == Strategy::Explicit {
             return self.layers.as_ref().map(|layers| layers.len() as u32);
         }
-        self.amount.map(|amount| amount.layers(layer_count))
+        self.amount.and_then(|amount| amount.layers(layer_count))
+    }
+
+    /// How many may go at most: those between `keep_first` and `keep_last`, and one must stay.
+    #[must_use]
+    pub fn most_layers(&self, layer_count: u32) -> u32 {
+        let free = layer_count.saturating_sub(self.keep_first).saturating_sub(self.keep_last);
+        free.min(layer_count.saturating_sub(1))
+    }
+
+    /// The promises that decide how many layers go, where nothing else does.
+    #[must_use]
+    pub fn budget(&self) -> Option<Budget> {
+        match self.amount {
+            Some(PruneAmount::Budget(budget)) => Some(budget),
+            Some(PruneAmount::Layers(_) | PruneAmount::Fraction(_)) | None => None,
+        }
     }
 
     /// The strategy that decides, then those to compare with it, none twice.
@@ -147,16 +164,19 @@ pub enum PruneAmount {
     Layers(u32),
     /// A share of all layers, rounded down, at least one layer.
     Fraction(f64),
+    /// As many as these promises allow, or ask for; found by measuring.
+    Budget(Budget),
 }
 
 impl PruneAmount {
-    /// The number of layers to drop of `layer_count`.
+    /// The number of layers to drop of `layer_count`; none where only measuring can tell.
     #[must_use]
-    pub fn layers(self, layer_count: u32) -> u32 {
+    pub fn layers(self, layer_count: u32) -> Option<u32> {
         match self {
-            Self::Layers(n) => n,
+            Self::Layers(n) => Some(n),
             // The small term keeps 0.3 of 10 at three layers: 0.3 * 10 is 2.999… in binary.
-            Self::Fraction(f) => ((f * f64::from(layer_count) + 1e-9).floor() as u32).max(1),
+            Self::Fraction(f) => Some(((f * f64::from(layer_count) + 1e-9).floor() as u32).max(1)),
+            Self::Budget(_) => None,
         }
     }
 }

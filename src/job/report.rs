@@ -6,6 +6,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::budget::BudgetReport;
 use super::heal::HealSettings;
 use super::progress::Stage;
 pub use super::scores::{
@@ -344,6 +345,9 @@ pub struct StageSummary {
 pub struct Report {
     pub secateur_version: String,
     pub spec: JobSpec,
+    /// How the number of layers was found, where a budget asked for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetReport>,
     /// Base model: BLAKE3 over config, tokenizer and every tensor by its name.
     pub model_digest: String,
     pub profile: LayerProfile,

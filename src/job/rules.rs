@@ -78,9 +78,7 @@ impl JobSpec {
         }
         let bound = p.strategy != Strategy::Explicit || !p.compare.is_empty();
         if let (true, Some(n)) = (bound, p.layers_to_drop(layer_count)) {
-            let (first, last) = (p.keep_first, p.keep_last);
-            let free = layer_count.saturating_sub(first).saturating_sub(last);
-            let most = free.min(layer_count.saturating_sub(1));
+            let (first, last, most) = (p.keep_first, p.keep_last, p.most_layers(layer_count));
             if n > most {
                 let at = if p.strategy == Strategy::Explicit { "/prune/compare" } else { "/prune/amount" };
                 out.add(
@@ -143,7 +141,10 @@ impl JobSpec {
             }
             (_, Some(_), _) => out.add("/prune/layers", "only with \"strategy\": \"explicit\""),
             (_, None, None) => {
-                out.add("/prune/amount", "required: {\"layers\": n} or {\"fraction\": 0.0 to 1.0}");
+                out.add(
+                    "/prune/amount",
+                    "required: {\"layers\": n}, {\"fraction\": 0.0 to 1.0} or {\"budget\": {…}}",
+                );
             }
             (_, None, Some(PruneAmount::Layers(0))) => {
                 out.add("/prune/amount/layers", "must be at least 1");
@@ -151,6 +152,7 @@ impl JobSpec {
             (_, None, Some(PruneAmount::Fraction(f))) if !(f > 0.0 && f < 1.0) => {
                 out.add("/prune/amount/fraction", "must be more than 0 and less than 1");
             }
+            (_, None, Some(PruneAmount::Budget(budget))) => out.0.extend(budget.check(&self.eval)),
             (_, None, Some(_)) => {}
         }
         out.range("/prune/keep_first", p.keep_first, 0, MAX_COUNT);
@@ -334,6 +336,7 @@ fn check_gates(g: &Gates, out: &mut Complaints) {
         ("min_retention", g.min_retention, 10.0),
         ("max_perplexity_ratio", g.max_perplexity_ratio, 1e9),
         ("min_speedup", g.min_speedup, 1e3),
+        ("max_latency_ms", g.max_latency_ms, 1e6),
     ] {
         out.positive(&format!("{AT}/{name}"), limit, most);
     }

@@ -171,6 +171,7 @@ impl SweepSpec {
                             amount.map(|amount| match amount {
                                 PruneAmount::Layers(n) => format!("{n:02}-layers"),
                                 PruneAmount::Fraction(f) => format!("{:04.1}-percent", 100.0 * f),
+                                PruneAmount::Budget(budget) => budget.name(),
                             }),
                             strategy.map(|strategy| strategy.name().to_owned()),
                             heal.as_ref().map(|heal| heal.name.clone()),

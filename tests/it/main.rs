@@ -24,6 +24,8 @@ mod api_uploads;
 #[cfg(feature = "engine")]
 mod bad_input;
 #[cfg(feature = "engine")]
+mod budget;
+#[cfg(feature = "engine")]
 mod checkpoint;
 #[cfg(feature = "engine")]
 mod choice;

@@ -159,8 +159,11 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
         .map(|(l, d)| Candidate { start: l as u32, score: *d })
         .collect();
     let score = profile.by_len[n - 1][dropped[0] as usize];
+    let spec = JobSpec::read(spec).unwrap();
     Findings {
-        spec: JobSpec::read(spec).unwrap(),
+        judged_by: spec.eval.clone(),
+        budget: None,
+        spec,
         model_digest: "cd".repeat(32),
         selection: LayerSelection {
             dropped,
@@ -193,6 +196,8 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
 /// The report of what `report` says was found.
 fn again(report: Report) -> Report {
     Findings {
+        judged_by: report.spec.eval.clone(),
+        budget: report.budget,
         spec: report.spec,
         model_digest: report.model_digest,
         profile: report.profile,

@@ -267,7 +267,7 @@ fn a_fraction_is_rounded_down_but_never_to_nothing() {
     {
         assert_eq!(
             PruneAmount::Fraction(fraction).layers(layer_count),
-            expected,
+            Some(expected),
             "{fraction} of {layer_count}"
         );
     }

@@ -70,6 +70,11 @@ pub struct Draft<'a> {
 }
 
 impl Draft<'_> {
+    /// Bytes of all its tensors.
+    pub fn size_bytes(&self) -> u64 {
+        self.tensors.iter().map(Planned::size_bytes).sum()
+    }
+
     /// Writes the checkpoint to `name` in the workspace, whole or not at all: built beside, opened
     /// again with every check, run once, then put in place. `content` gives each planned tensor's bytes.
     pub fn write<'c>(

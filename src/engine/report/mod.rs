@@ -1,6 +1,7 @@
 //! The result in words, in a table, as JSON and as a page.
 
 mod beside;
+mod budget;
 mod card;
 mod choice;
 mod evaluation;
@@ -19,15 +20,20 @@ pub use card::card;
 pub use html::page;
 pub use verdict::judge;
 
+use crate::job::budget::BudgetReport;
 use crate::job::report::{
     Block, CheckpointRef, Compared, EvalReport, Generation, HealReport, LayerProfile, LayerSelection,
     Overlap, Report, Scores, TaskScore,
 };
-use crate::job::spec::{Corpus, JobSpec, Strategy, TaskSpec};
+use crate::job::spec::{Corpus, EvalSpec, JobSpec, Strategy, TaskSpec};
 
 /// What the stages found, before it is put into words.
 pub struct Findings {
     pub spec: JobSpec,
+    /// The gates that hold: those of the spec and the promises of its budget.
+    pub judged_by: EvalSpec,
+    /// How the number of layers was found, where a budget asked for that.
+    pub budget: Option<BudgetReport>,
     pub model_digest: String,
     pub profile: LayerProfile,
     pub selection: LayerSelection,
@@ -41,10 +47,11 @@ pub struct Findings {
 impl Findings {
     /// The whole result, remarks included.
     pub fn report(self) -> Report {
-        let (remarks, verdict) = (remarks(&self), judge(&self.eval, &self.spec.eval));
+        let (remarks, verdict) = (remarks(&self), judge(&self.eval, &self.judged_by));
         Report {
             secateur_version: env!("CARGO_PKG_VERSION").into(),
             spec: self.spec,
+            budget: self.budget,
             model_digest: self.model_digest,
             profile: self.profile,
             selection: self.selection,

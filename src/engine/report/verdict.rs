@@ -114,12 +114,34 @@ fn cost(scores: &Scores, compared: &Comparison, gates: &Gates) -> Vec<Ruling> {
             None => open(WHAT, "it was not measured, because eval.speed is off"),
         });
     }
+    if let Some(limit) = gates.max_latency_ms {
+        const WHAT: &str = "Latency of a decoded token";
+        out.push(match &scores.speed {
+            // The median of some hundred tokens.
+            Some(speed) => rule(WHAT, exact(speed.latency_ms), Limit::AtMost(limit), milliseconds),
+            None => open(WHAT, "it was not measured, because eval.speed is off"),
+        });
+    }
     if let Some(limit) = gates.max_size_bytes {
-        let size = scores.size_bytes as f64;
-        let size = Estimate { value: size, low: size, high: size };
+        let size = exact(scores.size_bytes as f64);
         out.push(rule("Size of the weights", size, Limit::AtMost(limit as f64), bytes));
     }
+    if let Some(limit) = gates.max_memory_bytes {
+        const WHAT: &str = "Peak memory";
+        out.push(match scores.peak_memory_bytes {
+            0 => open(WHAT, "this system does not tell it"),
+            peak => rule(WHAT, exact(peak as f64), Limit::AtMost(limit as f64), bytes),
+        });
+    }
     out
+}
+
+const fn exact(value: f64) -> Estimate {
+    Estimate { value, low: value, high: value }
+}
+
+fn milliseconds(ms: f64) -> String {
+    format!("{ms:.2} ms")
 }
 
 fn percent(share: f64) -> String {

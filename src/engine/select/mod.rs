@@ -1,6 +1,7 @@
 //! Which layers go: pure decisions over a profile, no tensor in sight. What must be measured is asked of an
 //! [`Oracle`].
 
+pub mod budget;
 mod cheap;
 mod meter;
 mod search;

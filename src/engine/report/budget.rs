@@ -1,0 +1,31 @@
+//! How the number of layers was found, for people.
+
+use super::html::{escape, put, table};
+use super::svg::runs_text;
+use crate::job::budget::{BudgetReport, ProbeOf};
+use crate::job::report::Report;
+
+/// What was tried, against what was promised.
+pub fn search(out: &mut String, report: &Report) {
+    let Some(BudgetReport { layers, probes, .. }) = &report.budget else { return };
+    put(out, "<section><h2>How many layers</h2>");
+    let chosen =
+        format!("{layers} layers go: the number that keeps what was asked for, found by trying these.");
+    put(out, &format!("<p>{}</p>", escape(&chosen)));
+    let rows = probes.iter().map(|probe| {
+        let of = match probe.of {
+            ProbeOf::Costs => "the cut alone",
+            ProbeOf::Quality => "the whole job",
+        };
+        let kept = if probe.kept { "kept" } else { "not kept" };
+        vec![
+            probe.layers.to_string(),
+            runs_text(&probe.dropped),
+            of.into(),
+            kept.into(),
+            probe.said.join(" "),
+        ]
+    });
+    table(out, &["layers", "which", "tried", "promises", "measured"], &rows.collect::<Vec<_>>());
+    put(out, "</section>");
+}
