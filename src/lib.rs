@@ -8,10 +8,10 @@
 //!                     worker                   supervises children; knows both wings
 //!              ╱                 ╲
 //!  service: http ─ db            engine/pipeline     the stages, each once
-//!  local_pg · store              profile · prune · heal/ · eval/ · report
+//!  local_pg · store              profile · prune · heal/ · eval/ · export/
 //!           ╲        fetch       select · model/ · data/ · distance · workspace
 //!            ╲         │         ╱
-//!                 checkpoint                   model directories as they describe themselves
+//!        checkpoint · report                   model directories as they describe themselves · results for people
 //!                     job                      the words everyone speaks (pure data)
 //! ```
 //!
@@ -27,6 +27,7 @@ pub mod engine;
 #[cfg(feature = "engine")]
 pub mod fetch;
 pub mod job;
+pub mod report;
 #[cfg(feature = "service")]
 pub mod service;
 #[cfg(feature = "service")]

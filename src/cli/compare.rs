@@ -7,8 +7,8 @@ use anyhow::Context;
 
 use super::print;
 use super::table::table;
-use crate::engine::report::side_by_side;
 use crate::job::report::Report;
+use crate::report::side_by_side;
 
 #[derive(clap::Args)]
 pub struct Args {

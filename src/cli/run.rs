@@ -7,15 +7,16 @@ use candle_core::{DType, Device};
 
 use super::observe::{JsonLines, Terminal};
 use super::process;
+use crate::engine::Error;
 use crate::engine::model::kernel::allocator;
 use crate::engine::model::{Checkpoint, Compute, Memory, Rounding};
 use crate::engine::pipeline::Run;
-use crate::engine::{Error, report};
 use crate::fetch;
 use crate::job::complaint::Complaint;
 use crate::job::progress::{Event, Observer, Stage};
 use crate::job::report::{Failure, FailureKind, Report};
 use crate::job::spec::{JobSpec, ModelSource};
+use crate::report;
 
 #[derive(clap::Args)]
 pub struct Args {

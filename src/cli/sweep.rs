@@ -8,12 +8,12 @@ use super::process;
 use super::run::{ComputeArgs, Place, Trouble, end, go, refusal};
 use super::table::table;
 use super::{print, spec};
-use crate::engine::report::sweep::{missing, page, side_by_side};
 use crate::engine::workspace::{write_atomic, write_json};
 use crate::engine::{Error, at};
 use crate::job::progress::Observer;
 use crate::job::report::{Failure, Report};
 use crate::job::sweep::{Child, Outcome, SweepReport, SweepRow, SweepSpec, mark_front};
+use crate::report::sweep::{missing, page, side_by_side};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -63,17 +63,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn sweep(args: &Args, observer: &dyn Observer) -> Result<bool, Trouble> {
     let value = spec::read(&args.spec).map_err(|e| Trouble::unreadable(&e))?;
     let (asked, children) = SweepSpec::read(value).map_err(Trouble::BadSpec)?;
-    let rows = children.iter().map(|child| SweepRow {
-        name: child.name.clone(),
-        strategy: child.spec.prune.strategy,
-        heal: child.heal.clone(),
-        seed: child.spec.seed,
-        outcome: None,
-        failure: None,
-        on_front: false,
-    });
-    let version = env!("CARGO_PKG_VERSION").to_owned();
-    let mut report = SweepReport { secateur_version: version, spec: asked, base: None, rows: rows.collect() };
+    let mut report = SweepReport::new(asked, &children);
     for (i, child) in children.iter().enumerate() {
         print(&format!("\n{} ({} of {})\n", child.name, i + 1, children.len()));
         match done(args, child).map_or_else(|| job(args, child, observer), Ok) {

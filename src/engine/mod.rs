@@ -11,7 +11,6 @@ pub mod model;
 pub mod pipeline;
 pub mod profile;
 pub mod prune;
-pub mod report;
 pub mod select;
 pub mod workspace;
 

@@ -12,7 +12,6 @@ use super::data::{self, Purpose, Wanted, Windows, items, overlap};
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
-use super::report::{Findings, card, page, plots};
 use super::select::{Measured, Oracle, Oracles};
 use super::workspace::{Recorded, Workspace, write_atomic};
 use super::{Cx, Error, Result, eval, profile, select};
@@ -25,6 +24,7 @@ use crate::job::report::{
 use crate::job::spec::{
     Corpus, DamageSpec, Gates, HealMethod, JobSpec, OnReject, OverlapPolicy, PruneAmount, Share,
 };
+use crate::report::{Findings, card, page, plots};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -163,8 +163,9 @@ impl Workspace {
     fn fetch(&self, record: &Path) {
         let Some(name) = record.file_name().filter(|_| !record.exists()) else { return };
         if let Some(found) = self.shared.iter().map(|dir| dir.join(name)).find(|path| path.exists()) {
-            // What cannot be fetched is made again.
+            // What cannot be fetched is made again. One that is used is not old.
             let _ = copy_atomic(&found, record);
+            let _ = File::options().append(true).open(&found).and_then(|f| f.set_modified(SystemTime::now()));
         }
     }
 

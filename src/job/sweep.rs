@@ -20,6 +20,10 @@ pub struct SweepSpec {
     /// What all jobs have in common. `prune.amount` may be left out where an axis says it.
     pub base: JobSpec,
     pub axes: Axes,
+    /// Jobs that may run at the same time; as many as there are devices when absent. On the command line they run one
+    /// after another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_parallel: Option<u32>,
 }
 
 /// Values to take by turns. An axis that is left out stays as `base` has it.
@@ -108,6 +112,9 @@ impl SweepSpec {
         let mut add =
             |pointer: &str, message: String| out.push(Complaint { pointer: pointer.into(), message });
         let axes = &self.axes;
+        if self.max_parallel == Some(0) {
+            add("/max_parallel", "must be at least 1; leave it out for no limit".into());
+        }
         if let Some(LayerRange { from, to, step }) = axes.layers
             && (from == 0 || step == 0 || to < from)
         {
@@ -149,7 +156,8 @@ impl SweepSpec {
     }
 
     /// A job for every combination, the amounts first, so that neighbours differ in what comes last on the road.
-    fn children(&self) -> Vec<Child> {
+    #[must_use]
+    pub fn children(&self) -> Vec<Child> {
         /// `None` where there is no such axis.
         fn values<T: Clone>(of: &[T]) -> Vec<Option<T>> {
             if of.is_empty() { vec![None] } else { of.iter().cloned().map(Some).collect() }
@@ -240,6 +248,24 @@ pub struct Outcome {
     pub heal_steps: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Decision>,
+}
+
+impl SweepReport {
+    /// Before any job is done.
+    #[must_use]
+    pub fn new(spec: SweepSpec, children: &[Child]) -> Self {
+        let rows = children.iter().map(|child| SweepRow {
+            name: child.name.clone(),
+            strategy: child.spec.prune.strategy,
+            heal: child.heal.clone(),
+            seed: child.spec.seed,
+            outcome: None,
+            failure: None,
+            on_front: false,
+        });
+        let rows = rows.collect();
+        Self { secateur_version: env!("CARGO_PKG_VERSION").to_owned(), spec, base: None, rows }
+    }
 }
 
 impl Outcome {

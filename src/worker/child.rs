@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::Worker;
 use super::lease::Keeper;
 use super::record::Recorder;
+use super::steward::records;
 use crate::job::progress::Event;
 use crate::job::report::{Failure, FailureKind};
 use crate::service::db::{Lease, Renewal};
@@ -43,7 +44,7 @@ pub enum Outcome {
 
 /// Runs one attempt in `workspace` and hears it to its end.
 pub async fn run(worker: &Worker, keeper: &Keeper, lease: Lease, spec: &[u8], workspace: &Path) -> Outcome {
-    let mut child = match spawn(worker, workspace) {
+    let mut child = match spawn(worker, workspace, &records(&worker.settings.data, lease.tenant)) {
         Ok(child) => child,
         Err(error) => {
             let program = worker.settings.program.first().map(|p| p.to_string_lossy().into_owned());
@@ -88,11 +89,13 @@ pub async fn run(worker: &Worker, keeper: &Keeper, lease: Lease, spec: &[u8], wo
     classify(end, lost.is_cancelled(), failure, &words)
 }
 
-fn spawn(worker: &Worker, workspace: &Path) -> io::Result<Child> {
+fn spawn(worker: &Worker, workspace: &Path, records: &Path) -> io::Result<Child> {
     let (program, words) = worker.settings.program.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     Command::new(program)
         .args(words)
-        .args(["run", "-", "--events", "jsonl", "--device", &worker.device, "--workspace"])
+        .args(["run", "-", "--events", "jsonl", "--device", &worker.device, "--records"])
+        .arg(records)
+        .arg("--workspace")
         .arg(workspace)
         .args(&worker.settings.flags)
         // It ends itself when this process is gone: nobody would hear it.

@@ -53,6 +53,8 @@ pub struct Settings {
     pub max_offline: Duration,
     /// How long the workspace of a job that failed or was cancelled waits for another try.
     pub keep_failed: Duration,
+    /// How long what jobs have measured of a model is kept for the next ones, since it was last used.
+    pub keep_records: Duration,
     pub limits: Limits,
 }
 
@@ -68,6 +70,7 @@ impl Settings {
             stop_grace: Duration::from_secs(60),
             max_offline: Duration::from_mins(30),
             keep_failed: Duration::from_hours(24),
+            keep_records: Duration::from_hours(30 * 24),
             limits: Limits::default(),
         })
     }

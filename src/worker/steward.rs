@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{Settings, StartError};
-use crate::service::db::{Database, Dead, Error, Signal};
+use crate::service::db::{Database, Dead, Error, Signal, Tenant};
 use crate::service::store::{Store, epoch_prefix, upload_prefix};
 
 const SWEEP_EVERY: Duration = Duration::from_mins(5);
@@ -78,6 +78,32 @@ pub fn inherit(from: &Path, to: &Path) -> io::Result<()> {
     match fs::rename(from, to) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Where jobs of one tenant share what they have measured of models: nobody learns from it what others work on.
+pub fn records(data: &Path, tenant: Tenant) -> PathBuf {
+    data.join("records").join(tenant.0.to_string())
+}
+
+/// Removes records that nobody has looked for in `keep`. Those in use are made anew, should it come to that.
+fn sweep_records(data: &Path, keep: Duration) -> io::Result<()> {
+    for tenant in read_dir(&data.join("records"))? {
+        for record in read_dir(&tenant)? {
+            let used = record.metadata().and_then(|meta| meta.modified());
+            if used.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > keep)) {
+                fs::remove_file(&record)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_dir(path: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(path) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
     }
 }
 
@@ -160,6 +186,11 @@ impl Steward {
             tokio::task::spawn_blocking(move || (workspaces(&at), store.epochs().unwrap_or_default()));
         let Ok((workspaces, epochs)) = listed.await else { return Ok(()) };
         self.database.forget_old_requests().await?;
+        let (data, keep) = (self.settings.data.clone(), self.settings.keep_records);
+        let swept = tokio::task::spawn_blocking(move || sweep_records(&data, keep)).await;
+        if let Ok(Err(error)) = swept {
+            tracing::warn!(%error, "old records are not removed");
+        }
         self.sweep_uploads().await?;
         let wanted = self.database.workspaces_wanted(&workspaces, self.settings.keep_failed).await?;
         for id in workspaces.into_iter().filter(|id| !wanted.contains(id)) {

@@ -20,6 +20,8 @@ mod api_requests;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_spec;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod api_sweeps;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_uploads;
 #[cfg(feature = "engine")]
 mod bad_input;

@@ -2,7 +2,6 @@
 
 use std::fs;
 
-use secateur::engine::report::{Findings, card, comparison, page, plots, side_by_side, summary};
 use secateur::job::preset::ModelFacts;
 use secateur::job::progress::Stage;
 use secateur::job::report::{
@@ -12,6 +11,7 @@ use secateur::job::report::{
     WrittenText, Zone,
 };
 use secateur::job::spec::{HealMethod, JobSpec, Preset, QloraSpec, Strategy, TrainingSpec};
+use secateur::report::{Findings, card, comparison, page, plots, side_by_side, summary};
 use serde_json::json;
 
 use crate::support::made_up;

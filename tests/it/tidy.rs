@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 
 /// A room and what it may import of ours; the longest matching room counts.
 /// Itself it may always import. A name stands for all that lies below it.
-const ROOMS: [(&str, &[&str]); 15] = [
+const ROOMS: [(&str, &[&str]); 16] = [
     ("job", &[]),
+    ("report", &["job"]),
     ("checkpoint", &["job"]),
     ("fetch", &["job"]),
-    ("engine", &["job", "checkpoint", "engine"]),
+    ("engine", &["job", "checkpoint", "report", "engine"]),
     ("engine::chance", &[]),
     ("engine::select", &["job", "engine::Error", "engine::Result", "engine::chance"]),
     (
@@ -30,11 +31,11 @@ const ROOMS: [(&str, &[&str]); 15] = [
     ("engine::model::kernel", &[]),
     ("service", &["job"]),
     ("service::db", &["job"]),
-    ("service::http", &["job", "checkpoint", "service::db", "service::store"]),
+    ("service::http", &["job", "checkpoint", "report", "service::db", "service::store"]),
     ("service::local_pg", &[]),
     ("service::store", &["job"]),
     ("worker", &["job", "fetch", "service"]),
-    ("cli", &["job", "checkpoint", "fetch", "engine", "service", "worker"]),
+    ("cli", &["job", "checkpoint", "report", "fetch", "engine", "service", "worker"]),
 ];
 
 /// Crates that only some rooms may use.

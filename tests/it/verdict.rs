@@ -1,13 +1,13 @@
 //! Ship, review or reject.
 
 use secateur::engine::eval::{Checkpoints, Place, evaluate};
-use secateur::engine::report::judge;
 use secateur::job::progress::Stage;
 use secateur::job::report::{
     Comparison, Decision, Estimate, EvalReport, Flaw, Generation, PerplexityChange, Scores, TaskChange,
     TaskScore,
 };
 use secateur::job::spec::{Corpus, EvalSpec, Gates, GenerationSpec, TaskSpec};
+use secateur::report::judge;
 
 use crate::support::rig::Rig;
 use crate::support::tiny::{Tiny, Weight};

@@ -7,7 +7,6 @@ use serde_json::json;
 
 use super::{Run, by_content};
 use crate::engine::prune::Cut;
-use crate::engine::report::judge;
 use crate::engine::select::budget::{Outcome, search};
 use crate::engine::workspace::Workspace;
 use crate::engine::{Error, Result, at};
@@ -15,6 +14,7 @@ use crate::job::budget::{Budget, BudgetReport, Probe, ProbeOf};
 use crate::job::progress::Stage;
 use crate::job::report::{Decision, FailureKind};
 use crate::job::spec::{EvalSpec, JobSpec, ModelSource, PruneAmount};
+use crate::report::judge;
 
 /// Directory of a workspace with what is tried.
 const PROBES: &str = "probes";

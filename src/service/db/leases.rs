@@ -90,6 +90,11 @@ impl Database {
              cross join lateral (
                select j.id, j.priority, j.created_at from jobs j
                where j.tenant_id = t.id and j.state = 'queued' and j.run_after <= now()
+                 and not exists (
+                   select from sweep_rows r join sweeps s on s.id = r.sweep_id
+                   where r.job_id = j.id and s.max_parallel <= (
+                     select count(*) from leases o join sweep_rows x on x.job_id = o.job_id
+                     where x.sweep_id = s.id))
                order by j.priority desc, j.created_at limit 1) h
              where t.max_running is null or coalesce(l.n, 0) < t.max_running
              order by h.priority desc, coalesce(l.n, 0)::float8 / t.weight, t.last_claim_at nulls first, h.created_at

@@ -12,6 +12,7 @@ mod leases;
 mod requests;
 mod signals;
 mod stages;
+mod sweeps;
 mod uploads;
 mod workers;
 
@@ -33,6 +34,7 @@ pub use leases::{Dead, Lease, Limits, Progress, Renewal};
 pub use requests::{Inserted, Once};
 pub use signals::Signal;
 pub use stages::{StageRow, StageState};
+pub use sweeps::{SweepJob, SweepRow};
 pub use uploads::{UploadDeletion, UploadPart, UploadRow};
 pub use workers::{WorkerRow, WorkerSelf};
 

@@ -17,9 +17,9 @@ pub struct Once {
 
 /// What became of a request that may have come before.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Inserted {
-    New(Box<JobRow>),
-    /// It came before and made this job.
+pub enum Inserted<T> {
+    New(T),
+    /// It came before and made this.
     Before(Uuid),
     /// Its key stands for another request.
     Reused,
@@ -28,24 +28,16 @@ pub enum Inserted {
 impl Database {
     /// Puts a job into the queue, unless the same request has done so before.
     /// Of requests that come at the same time all but one wait for that one.
-    pub async fn job_insert_once(&self, tenant: Tenant, job: &NewJob, once: &Once) -> Result<Inserted> {
+    pub async fn job_insert_once(
+        &self,
+        tenant: Tenant,
+        job: &NewJob,
+        once: &Once,
+    ) -> Result<Inserted<Box<JobRow>>> {
         let id = Uuid::now_v7();
         let mut tx = self.pool.begin().await?;
-        // A key that is expired but not yet swept is free again.
-        let taken = sqlx::query(
-            "insert into idempotency_keys as k (tenant_id, key, fingerprint, job_id) values ($1, $2, $3, $4)
-             on conflict (tenant_id, key) do update
-               set fingerprint = excluded.fingerprint, job_id = excluded.job_id, created_at = now()
-               where k.created_at < now() - interval '24 hours'",
-        )
-        .bind(tenant)
-        .bind(&once.key)
-        .bind(&once.fingerprint[..])
-        .bind(id)
-        .execute(&mut *tx)
-        .await?;
-        if taken.rows_affected() == 0 {
-            return Ok(before(&mut tx, tenant, once).await?.unwrap_or(Inserted::Reused));
+        if let Some(before) = take(&mut tx, tenant, once, id).await? {
+            return Ok(before);
         }
         let row = jobs::insert(&mut tx, tenant, id, job).await?;
         tx.commit().await?;
@@ -53,7 +45,7 @@ impl Database {
     }
 
     /// What the same request has made before; nothing when it is new.
-    pub async fn job_inserted_before(&self, tenant: Tenant, once: &Once) -> Result<Option<Inserted>> {
+    pub async fn inserted_before<T>(&self, tenant: Tenant, once: &Once) -> Result<Option<Inserted<T>>> {
         let mut connection = self.pool.acquire().await?;
         before(&mut connection, tenant, once).await
     }
@@ -80,7 +72,37 @@ impl Database {
     }
 }
 
-async fn before(connection: &mut PgConnection, tenant: Tenant, once: &Once) -> Result<Option<Inserted>> {
+/// Lets the request make `id` within the caller's transaction, unless it has made something before.
+pub(super) async fn take<T>(
+    tx: &mut PgConnection,
+    tenant: Tenant,
+    once: &Once,
+    id: Uuid,
+) -> Result<Option<Inserted<T>>> {
+    // A key that is expired but not yet swept is free again.
+    let taken = sqlx::query(
+        "insert into idempotency_keys as k (tenant_id, key, fingerprint, job_id) values ($1, $2, $3, $4)
+         on conflict (tenant_id, key) do update
+           set fingerprint = excluded.fingerprint, job_id = excluded.job_id, created_at = now()
+           where k.created_at < now() - interval '24 hours'",
+    )
+    .bind(tenant)
+    .bind(&once.key)
+    .bind(&once.fingerprint[..])
+    .bind(id)
+    .execute(&mut *tx)
+    .await?;
+    if taken.rows_affected() > 0 {
+        return Ok(None);
+    }
+    Ok(Some(before(tx, tenant, once).await?.unwrap_or(Inserted::Reused)))
+}
+
+async fn before<T>(
+    connection: &mut PgConnection,
+    tenant: Tenant,
+    once: &Once,
+) -> Result<Option<Inserted<T>>> {
     let row: Option<(Vec<u8>, Uuid)> = sqlx::query_as(
         "select fingerprint, job_id from idempotency_keys
          where tenant_id = $1 and key = $2 and created_at >= now() - interval '24 hours'",

@@ -20,10 +20,10 @@ use crate::job::state::JobState;
 use crate::service::db::{Database, Inserted, JobRow, NewJob, Once, Tenant};
 
 /// Enough for a spec that brings its text (at most 8 MiB each) along.
-const MAX_SPEC_BYTES: usize = 16 << 20;
+pub(super) const MAX_SPEC_BYTES: usize = 16 << 20;
 const MAX_KEY_BYTES: usize = 255;
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -132,7 +132,7 @@ async fn submit(
 ) -> Result<Response, Problem> {
     // Before the checks: what was asked for may have gone since, the job stands.
     if let Some(once) = &once
-        && let Some(before) = state.database.job_inserted_before(tenant, once).await?
+        && let Some(before) = state.database.inserted_before(tenant, once).await?
     {
         return settle(state, tenant, before).await;
     }
@@ -145,7 +145,11 @@ async fn submit(
     settle(state, tenant, inserted).await
 }
 
-async fn settle(state: &AppState, tenant: Tenant, inserted: Inserted) -> Result<Response, Problem> {
+async fn settle(
+    state: &AppState,
+    tenant: Tenant,
+    inserted: Inserted<Box<JobRow>>,
+) -> Result<Response, Problem> {
     match inserted {
         Inserted::New(row) => created(state, *row).await,
         Inserted::Before(id) => {
@@ -153,11 +157,15 @@ async fn settle(state: &AppState, tenant: Tenant, inserted: Inserted) -> Result<
             response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
             Ok(response)
         }
-        Inserted::Reused => Err(Problem::new(
-            Code::IdempotencyKeyReused,
-            "The Idempotency-Key came with another request within the last 24 hours; take a new key for a new request.",
-        )),
+        Inserted::Reused => Err(reused()),
     }
+}
+
+pub(super) fn reused() -> Problem {
+    Problem::new(
+        Code::IdempotencyKeyReused,
+        "The Idempotency-Key came with another request within the last 24 hours; take a new key for a new request.",
+    )
 }
 
 async fn created(state: &AppState, row: JobRow) -> Result<Response, Problem> {
@@ -166,7 +174,7 @@ async fn created(state: &AppState, row: JobRow) -> Result<Response, Problem> {
     Ok((StatusCode::CREATED, location, tagged(&job)).into_response())
 }
 
-async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -> Result<JobSpec, Problem> {
+pub(super) async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -> Result<JobSpec, Problem> {
     check_source(&state.database, tenant, &spec).await?;
     check_uploads(&state.database, tenant, &mut spec).await?;
     let roots = state.roots.clone();
@@ -202,7 +210,7 @@ async fn check_uploads(database: &Database, tenant: Tenant, spec: &mut JobSpec) 
 }
 
 /// How the caller marks this request, if at all; `asked` is what makes it the same.
-fn once(headers: &HeaderMap, asked: &[&[u8]]) -> Result<Option<Once>, Problem> {
+pub(super) fn once(headers: &HeaderMap, asked: &[&[u8]]) -> Result<Option<Once>, Problem> {
     let mut given = headers.get_all(IDEMPOTENCY_KEY).iter();
     let Some(key) = given.next() else { return Ok(None) };
     let key = key.to_str().unwrap_or_default();

@@ -53,7 +53,7 @@ impl<S: Send + Sync> FromRequestParts<S> for JobId {
         let path: Result<Path<JobPath>, _> = Path::from_request_parts(parts, state).await;
         let Path(JobPath { id }) = path.map_err(|e| Problem::new(Code::InvalidId, e.body_text()))?;
         let uuid = Uuid::parse_str(&id);
-        uuid.map(Self).map_err(|e| Problem::new(Code::InvalidId, format!("`{id}` is no job id: {e}.")))
+        uuid.map(Self).map_err(|e| Problem::new(Code::InvalidId, format!("`{id}` is no id: {e}.")))
     }
 }
 

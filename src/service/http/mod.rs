@@ -33,6 +33,7 @@ mod page;
 mod problem;
 mod range;
 mod results;
+mod sweeps;
 mod uploads;
 mod workers;
 

@@ -11,9 +11,11 @@ use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::{
-    AppState, artifacts, bundle, create, events, health, hub, jobs, models, results, uploads, workers,
+    AppState, artifacts, bundle, create, events, health, hub, jobs, models, results, sweeps, uploads, workers,
 };
+use crate::job::shape::Shapes;
 use crate::job::spec::JobSpec;
+use crate::job::sweep::SweepSpec;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -28,6 +30,7 @@ use crate::job::spec::JobSpec;
     tags(
         (name = "jobs", description = "Ask for a pruned model and follow the work"),
         (name = "results", description = "What a job found and left"),
+        (name = "sweeps", description = "Many jobs at once, side by side"),
         (name = "uploads", description = "Texts that you bring"),
         (name = "hub", description = "Results as the Hugging Face Hub serves models: set `HF_ENDPOINT` to this service's `/hf`"),
         (name = "workers", description = "What there is to compute on"),
@@ -46,6 +49,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(results::routes())
         .merge(artifacts::routes())
         .merge(bundle::routes())
+        .merge(sweeps::routes())
         .merge(uploads::routes())
         .merge(hub::routes())
         .routes(routes!(workers::list))
@@ -91,7 +95,8 @@ struct ClosedShapes;
 impl Modify for ClosedShapes {
     fn modify(&self, document: &mut Document) {
         let components = document.components.get_or_insert_with(|| ComponentsBuilder::new().build());
-        for (name, shape) in JobSpec::shapes().schemas() {
+        let sweep = Shapes::of::<SweepSpec>();
+        for (name, shape) in JobSpec::shapes().schemas().iter().chain(sweep.schemas()) {
             let schema = serde_json::from_value(shape.clone()).expect("a schema reads back. This is a bug.");
             components.schemas.insert(name.clone(), schema);
         }

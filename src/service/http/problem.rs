@@ -29,6 +29,7 @@ pub enum Code {
     RouteNotFound,
     JobNotFound,
     JobDeleted,
+    SweepNotFound,
     ArtifactNotFound,
     UploadNotFound,
     UploadIncomplete,
@@ -60,7 +61,7 @@ const fn row(name: &'static str, status: StatusCode, title: &'static str, remedy
 }
 
 impl Code {
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::InvalidJson,
         Self::InvalidQuery,
         Self::InvalidId,
@@ -75,6 +76,7 @@ impl Code {
         Self::RouteNotFound,
         Self::JobNotFound,
         Self::JobDeleted,
+        Self::SweepNotFound,
         Self::ArtifactNotFound,
         Self::UploadNotFound,
         Self::UploadIncomplete,
@@ -130,6 +132,8 @@ impl Code {
                 "It never existed. The list of jobs shows those there are."),
             Self::JobDeleted => row("job-deleted", S::GONE, "The job was deleted",
                 "It and its files are gone; the detail says since when. Nothing brings them back."),
+            Self::SweepNotFound => row("sweep-not-found", S::NOT_FOUND, "There is no such sweep",
+                "It never existed. The list of sweeps shows those there are."),
             Self::ArtifactNotFound => row("artifact-not-found", S::NOT_FOUND, "The job has no such file",
                 "The job's list of artifacts names every file it left, path and all."),
             Self::UploadNotFound => row("upload-not-found", S::NOT_FOUND, "There is no such upload",
@@ -207,6 +211,11 @@ impl Problem {
             more => format!("{} things are wrong with the spec.", more.len()),
         };
         Self { errors, ..Self::new(Code::InvalidSpec, detail) }
+    }
+
+    /// What is wrong with the spec, where that is the problem.
+    pub fn complaints(self) -> Result<Vec<Complaint>, Self> {
+        if self.code == Code::InvalidSpec { Ok(self.errors) } else { Err(self) }
     }
 
     /// What is wrong with an upload.

@@ -3,9 +3,9 @@
 use std::fmt::Write;
 
 use super::{columns, comparison, shipped, summary};
-use crate::engine::report::svg::runs_text;
 use crate::job::report::Report;
 use crate::job::spec::ModelSource;
+use crate::report::svg::runs_text;
 
 /// `README.md` of the checkpoint to ship. It leaves out speed and memory: they differ from run to run and from device
 /// to device, and what lies beside the weights is the same for the same spec.
