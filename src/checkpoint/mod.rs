@@ -21,6 +21,7 @@ pub use family::Family;
 pub use header::{Dtype, TensorInfo};
 pub use rope::Rope;
 
+use crate::job::plan::Anatomy;
 use crate::job::preset::ModelFacts;
 use crate::job::report::{Failure, FailureKind};
 use family::{Norm, QkNorm};
@@ -97,6 +98,23 @@ impl Index {
         let prefix = format!("{}{layer}.", self.config.layers_prefix());
         let of_layer = self.tensors.iter().filter(|(name, _)| name.starts_with(&prefix));
         of_layer.map(|(_, info)| info.parameters()).sum()
+    }
+
+    /// What a plan must know.
+    pub fn anatomy(&self) -> Anatomy {
+        let layers = 0..self.config.layer_count;
+        let bytes_of = |layer: usize| {
+            let prefix = format!("{}{layer}.", self.config.layers_prefix());
+            let of_layer = self.tensors.iter().filter(|(name, _)| name.starts_with(&prefix));
+            of_layer.map(|(_, info)| info.parameters() * info.dtype.bits() / 8).sum()
+        };
+        Anatomy {
+            size_bytes: self.size_bytes(),
+            parameters: self.parameters(),
+            embedding_parameters: self.embedding_parameters(),
+            layer_parameters: layers.clone().map(|layer| self.layer_parameters(layer)).collect(),
+            layer_bytes: layers.map(bytes_of).collect(),
+        }
     }
 
     /// Bytes of the weights.

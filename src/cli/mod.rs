@@ -14,6 +14,8 @@ mod generate;
 mod inspect;
 #[cfg(feature = "service")]
 mod jobs;
+#[cfg(feature = "engine")]
+mod measure;
 #[cfg(feature = "service")]
 mod migrate;
 mod models;
@@ -23,6 +25,8 @@ mod observe;
 mod openapi;
 #[cfg(feature = "service")]
 mod options;
+#[cfg(feature = "engine")]
+mod plan;
 #[cfg(feature = "engine")]
 mod process;
 #[cfg(feature = "engine")]
@@ -67,6 +71,12 @@ enum Command {
     /// Run one job here: no server, no database.
     #[cfg(feature = "engine")]
     Run(run::Args),
+    /// Tell what a job will take on this machine, before it is run.
+    #[cfg(feature = "engine")]
+    Plan(plan::Args),
+    /// Measure how fast this machine computes: what plans reckon with.
+    #[cfg(feature = "engine")]
+    Measure(measure::Args),
     /// Run many jobs here, from one spec and axes along which it varies.
     #[cfg(feature = "engine")]
     Sweep(sweep::Args),
@@ -106,6 +116,10 @@ pub fn main() -> ExitCode {
         Command::Jobs(args) => jobs::run(args),
         #[cfg(feature = "engine")]
         Command::Run(args) => run::run(args),
+        #[cfg(feature = "engine")]
+        Command::Plan(args) => plan::run(args),
+        #[cfg(feature = "engine")]
+        Command::Measure(args) => measure::run(args),
         #[cfg(feature = "engine")]
         Command::Sweep(args) => sweep::run(args),
         #[cfg(feature = "engine")]

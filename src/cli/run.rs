@@ -44,13 +44,13 @@ pub struct Args {
 pub struct ComputeArgs {
     /// Where to compute: `cpu` or `cuda:N`.
     #[arg(long, default_value = "cpu")]
-    device: String,
+    pub device: String,
     /// The least precision to compute with. `f32` agrees with transformers in float32. On a CPU the other two
     /// concern products with weights alone: `bf16` rounds what comes in to bfloat16, `high` to the sum of two
     /// (both only where that is faster, with AMX or on AMD with AVX512-BF16, else all is f32). On CUDA `bf16` computes in bf16
     /// and the other two in f32.
     #[arg(long, value_enum, default_value_t = Precision::Bf16)]
-    precision: Precision,
+    pub precision: Precision,
     /// Threads to compute with; all cores when absent.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
@@ -63,7 +63,7 @@ pub struct ComputeArgs {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Precision {
+pub enum Precision {
     F32,
     High,
     Bf16,
@@ -211,7 +211,7 @@ pub fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
     }
 }
 
-fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
+pub fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
     let wrong = |message: String| Failure { kind: FailureKind::Device, stage: None, message };
     if device == "cpu" {
         return Ok(Compute::cpu(match precision {

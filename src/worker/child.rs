@@ -18,6 +18,7 @@ use super::Worker;
 use super::lease::Keeper;
 use super::record::Recorder;
 use super::steward::records;
+use crate::job::plan::Machine;
 use crate::job::progress::Event;
 use crate::job::report::{Failure, FailureKind};
 use crate::service::db::{Lease, Renewal};
@@ -109,6 +110,28 @@ fn spawn(worker: &Worker, workspace: &Path, records: &Path) -> io::Result<Child>
         .process_group(0)
         .kill_on_drop(true)
         .spawn()
+}
+
+/// Asks the program how fast the device is.
+///
+/// # Errors
+/// When it cannot be started, fails, or says something else.
+pub async fn measure(worker: &Worker) -> io::Result<Machine> {
+    let (program, words) = worker.settings.program.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let output = Command::new(program)
+        .args(words)
+        .args(["measure", "--device", &worker.device])
+        .args(&worker.settings.flags)
+        .env_remove("DATABASE_URL")
+        .env_remove("SECATEUR_API_KEY")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    if !output.status.success() {
+        return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 /// How the child's process ended.

@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use tokio::sync::broadcast;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -33,6 +34,8 @@ use crate::service::db::{Database, Dead, Error, JobRow, Lease, Limits, Signal, W
 use crate::service::store::Store;
 use child::Outcome;
 use lease::Keeper;
+
+const MEASURE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How workers behave.
 #[derive(Debug, Clone)]
@@ -56,6 +59,8 @@ pub struct Settings {
     /// How long what jobs have measured of a model is kept for the next ones, since it was last used.
     pub keep_records: Duration,
     pub limits: Limits,
+    /// Have the program measure the device when a worker starts: plans reckon with it.
+    pub measure: bool,
 }
 
 impl Settings {
@@ -72,6 +77,7 @@ impl Settings {
             keep_failed: Duration::from_hours(24),
             keep_records: Duration::from_hours(30 * 24),
             limits: Limits::default(),
+            measure: true,
         })
     }
 }
@@ -170,6 +176,9 @@ impl Worker {
                 return;
             }
         }
+        if self.settings.measure {
+            self.measure().await;
+        }
         tracing::info!(device = self.device, worker = %self.id, "worker is ready");
         while !self.shutdown.drain.is_cancelled() {
             match self.turn().await {
@@ -183,6 +192,22 @@ impl Worker {
         }
         if let Err(error) = self.database.worker_left(self.id).await {
             tracing::debug!(%error, "left without a word");
+        }
+    }
+
+    /// Measures the device in a child, as everything is computed. A worker that cannot tell works all the same.
+    async fn measure(&self) {
+        let measured = timeout(MEASURE_TIMEOUT, child::measure(self)).await;
+        match measured {
+            Ok(Ok(machine)) => {
+                if let Err(error) = self.database.worker_measured(self.id, machine).await {
+                    tracing::debug!(%error, "the speed of the device is not kept");
+                }
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(device = self.device, %error, "the speed of the device is not known");
+            }
+            Err(_) => tracing::warn!(device = self.device, "measuring the device takes too long; it is left"),
         }
     }
 

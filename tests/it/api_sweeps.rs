@@ -124,10 +124,13 @@ async fn the_jobs_of_a_sweep_share_one_profile_and_one_look_at_the_base_model() 
     settings.poll = Duration::from_millis(50);
     let (devices, shutdown) = (["cpu".to_owned()], Shutdown::default());
     let running = worker::run(app.database.clone(), app.store.clone(), settings, &devices, shutdown.clone());
+    let mut measured = false;
     let watch = async {
         let url = format!("/v1/sweeps/{}", made["id"].as_str().unwrap());
         let done = loop {
             let now = app.json(&url).await;
+            let workers = app.json("/v1/workers").await;
+            measured |= workers["data"][0]["flops_per_s"].as_f64().is_some_and(|flops| flops > 0.0);
             if now["done"] == true {
                 break now;
             }
@@ -138,6 +141,7 @@ async fn the_jobs_of_a_sweep_share_one_profile_and_one_look_at_the_base_model() 
     };
     let (running, (url, done)) = tokio::join!(running, watch);
     running.unwrap();
+    assert!(measured, "the worker did not tell how fast its device is");
     assert_eq!(done["counts"], json!({"succeeded": 3}), "{done}");
     let report: SweepReport = serde_json::from_value(app.json(&format!("{url}/report")).await).unwrap();
     let cut: Vec<usize> = report.rows.iter().map(|row| row.outcome.as_ref().unwrap().dropped.len()).collect();

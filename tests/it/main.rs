@@ -60,6 +60,8 @@ mod memory;
 mod openapi;
 #[cfg(feature = "engine")]
 mod parity;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod plan;
 #[cfg(feature = "engine")]
 mod profile;
 #[cfg(feature = "engine")]

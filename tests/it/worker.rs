@@ -71,6 +71,7 @@ impl Shop {
         settings.program = vec!["bash".into(), directory.path().join("child.sh").into()];
         settings.ttl = Duration::from_secs(2);
         settings.poll = Duration::from_millis(50);
+        settings.measure = false;
         settings.stop_grace = Duration::from_secs(20);
         settings.limits = Limits { backoff: Duration::from_millis(1), ..Limits::default() };
         change(&mut settings);

@@ -10,6 +10,7 @@ pub mod head;
 pub mod kernel;
 pub mod layer;
 pub mod lora;
+pub mod measure;
 pub mod memory;
 pub mod ops;
 pub mod streams;

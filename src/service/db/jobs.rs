@@ -9,6 +9,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Database, Entry, JobEvent, Progress, Result, Tenant, events, signals};
+use crate::job::plan::Plan;
 use crate::job::report::Failure;
 use crate::job::spec::JobSpec;
 use crate::job::state::{Change, JobState, Wish};
@@ -46,6 +47,9 @@ pub struct JobRow {
     pub last_seq: i64,
     /// The failed or cancelled job that it tries again.
     pub retry_of: Option<Uuid>,
+    /// What it was reckoned to take, on the fastest worker there was.
+    #[sqlx(json(nullable))]
+    pub plan: Option<Plan>,
     /// How far a running job is.
     #[sqlx(json(nullable))]
     pub progress: Option<Progress>,
@@ -59,12 +63,14 @@ pub struct NewJob {
     pub priority: i16,
     /// The failed or cancelled job that it tries again.
     pub retry_of: Option<Uuid>,
+    /// What it is reckoned to take.
+    pub plan: Option<Plan>,
 }
 
 impl NewJob {
     /// A job like any other.
     pub fn new(spec: JobSpec) -> Self {
-        Self { spec, priority: 0, retry_of: None }
+        Self { spec, priority: 0, retry_of: None, plan: None }
     }
 }
 
@@ -194,6 +200,38 @@ impl Database {
         Ok(ahead)
     }
 
+    /// How many jobs wait or run, over all tenants, and the seconds that those are reckoned to take whose plan says so.
+    pub async fn queue(&self) -> Result<(i64, f64)> {
+        let queue = sqlx::query_as(
+            "select count(*), coalesce(sum((
+               select sum((s ->> 'seconds')::float8) from jsonb_array_elements(j.plan -> 'stages') s)), 0)::float8
+             from jobs j where j.state in ('queued', 'running')",
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(queue)
+    }
+
+    /// The latest job of the tenant that succeeded and has measured what this one would: the same value of the spec's
+    /// fields `fields`.
+    pub async fn job_like(&self, tenant: Tenant, spec: &JobSpec, fields: &[&str]) -> Result<Option<Uuid>> {
+        let mut wanted = serde_json::to_value(spec).unwrap_or_default();
+        if let Some(wanted) = wanted.as_object_mut() {
+            wanted.retain(|field, _| fields.contains(&field.as_str()));
+        }
+        let id = sqlx::query_scalar(
+            "select id from jobs where tenant_id = $1 and state = 'succeeded'
+               and (select jsonb_object_agg(key, value) from jsonb_each(spec) where key = any ($3)) = $2
+             order by id desc limit 1",
+        )
+        .bind(tenant)
+        .bind(Json(wanted))
+        .bind(fields.iter().map(|field| (*field).to_owned()).collect::<Vec<_>>())
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(id)
+    }
+
     /// Cancels a job: at once when it waits; a running one stops at its next
     /// seam. Cancelling a cancelled job changes nothing. `None`: no such job.
     pub async fn job_cancel(&self, tenant: Tenant, id: Uuid) -> Result<Option<JobRow>> {
@@ -287,8 +325,8 @@ impl Database {
 /// Puts in a job within the caller's transaction.
 pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job: &NewJob) -> Result<JobRow> {
     sqlx::query(
-        "insert into jobs (id, tenant_id, name, labels, spec, priority, retry_of)
-         values ($1, $2, $3, $4, $5, $6, $7)",
+        "insert into jobs (id, tenant_id, name, labels, spec, priority, retry_of, plan)
+         values ($1, $2, $3, $4, $5, $6, $7, $8)",
     )
     .bind(id)
     .bind(tenant)
@@ -297,6 +335,7 @@ pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job:
     .bind(Json(&job.spec))
     .bind(job.priority)
     .bind(job.retry_of)
+    .bind(job.plan.as_ref().map(Json))
     .execute(&mut *tx)
     .await?;
     tell_state(tx, id, JobState::Queued, None).await?;

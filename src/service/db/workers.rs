@@ -4,9 +4,10 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Database, Result, Tenant};
+use crate::job::plan::Machine;
 
 /// A worker as its peers see it. Workers serve all tenants.
-#[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
+#[derive(Debug, Clone, PartialEq, sqlx::FromRow)]
 pub struct WorkerRow {
     pub id: Uuid,
     pub host: String,
@@ -18,9 +19,20 @@ pub struct WorkerRow {
     /// Of its machine.
     pub core_count: Option<i32>,
     pub memory_bytes: Option<i64>,
+    /// What its device does.
+    pub flops_per_s: Option<f64>,
+    pub bytes_per_s: Option<f64>,
     /// The job it works on, and whose that is.
     pub job_id: Option<Uuid>,
     pub job_tenant: Option<Tenant>,
+}
+
+impl WorkerRow {
+    /// What its device does, where it has measured that.
+    pub fn machine(&self) -> Option<Machine> {
+        let (flops_per_s, bytes_per_s) = self.flops_per_s.zip(self.bytes_per_s)?;
+        Some(Machine { flops_per_s, bytes_per_s })
+    }
 }
 
 /// What a worker says of itself.
@@ -55,6 +67,17 @@ impl Database {
         .bind(me.memory_bytes)
         .execute(&self.pool)
         .await?;
+        Ok(())
+    }
+
+    /// The worker has measured its device.
+    pub async fn worker_measured(&self, id: Uuid, machine: Machine) -> Result<()> {
+        sqlx::query("update workers set flops_per_s = $2, bytes_per_s = $3 where id = $1")
+            .bind(id)
+            .bind(machine.flops_per_s)
+            .bind(machine.bytes_per_s)
+            .execute(&self.pool)
+            .await?;
         Ok(())
     }
 

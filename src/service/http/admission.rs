@@ -1,11 +1,14 @@
 //! What a spec may name on this machine, and whether the model can be cut so.
 
+use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use crate::checkpoint::Index;
 use crate::job::complaint::Complaint;
-use crate::job::preset::ModelFacts;
+use crate::job::plan::Plan;
 use crate::job::spec::{Corpus, JobSpec, ModelSource};
 
 /// The directories models and corpora may lie in.
@@ -60,20 +63,32 @@ impl Roots {
     }
 }
 
+/// A spec that may go into the queue.
+#[derive(Debug)]
+pub struct Admitted {
+    pub spec: JobSpec,
+    /// What it will take; absent where its model is not on this machine.
+    pub plan: Option<Plan>,
+}
+
 /// Checks what `spec` names on this machine and makes its paths absolute and
 /// real, so that the worker opens what was checked. Reads files: not for an
 /// async thread.
 ///
 /// # Errors
 /// Every complaint.
-pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
+pub fn admit(
+    mut spec: JobSpec,
+    roots: &Roots,
+    uploads: &HashMap<Uuid, u64>,
+) -> Result<Admitted, Vec<Complaint>> {
     let mut complaints = Vec::new();
     let mut complain = |pointer: String, message: String| complaints.push(Complaint { pointer, message });
-    let mut facts = None;
+    let mut index = None;
     if let ModelSource::Path { path } = &mut spec.model {
         let found = roots.find(path).and_then(|real| utf8(&real).map(|text| (text, model(&real, roots))));
         match found {
-            Ok((real, Ok(model))) => (*path, facts) = (real, Some(model)),
+            Ok((real, Ok(model))) => (*path, index) = (real, Some(model)),
             Ok((_, Err(message))) | Err(message) => complain("/model/path".into(), message),
         }
     }
@@ -85,17 +100,27 @@ pub fn admit(spec: &mut JobSpec, roots: &Roots) -> Result<(), Vec<Complaint>> {
             }
         }
     }
-    complaints.extend(facts.iter().flat_map(|model| spec.validate_for(model)));
+    complaints.extend(index.iter().flat_map(|index| spec.validate_for(&index.config.facts())));
     if complaints.is_empty() {
         // Two spellings of one path are one text now: healing and judging on it shows.
         complaints = spec.validate();
     }
-    if complaints.is_empty() { Ok(()) } else { Err(complaints) }
+    if !complaints.is_empty() {
+        return Err(complaints);
+    }
+    let bytes_of = |corpus: &Corpus| match corpus {
+        Corpus::Path { path } => Path::new(path).metadata().ok().map(|meta| meta.len()),
+        Corpus::Text { text } => Some(text.len() as u64),
+        Corpus::Upload { upload_id } => uploads.get(upload_id).copied(),
+        Corpus::Hub { .. } | Corpus::Model { .. } | Corpus::Mix { .. } => None,
+    };
+    let plan = index.map(|index| Plan::of(&spec, &index.config.facts(), &index.anatomy(), &bytes_of));
+    Ok(Admitted { spec, plan })
 }
 
 /// What a job needs to know of the checkpoint in `dir`, all whose files must lie below a root: a link out of it
 /// would open a door.
-fn model(dir: &Path, roots: &Roots) -> Result<ModelFacts, String> {
+fn model(dir: &Path, roots: &Roots) -> Result<Index, String> {
     for entry in dir.read_dir().into_iter().flatten().flatten() {
         let real = entry.path().canonicalize();
         if real.is_ok_and(|real| !roots.holds(&real)) {
@@ -105,8 +130,7 @@ fn model(dir: &Path, roots: &Roots) -> Result<ModelFacts, String> {
             ));
         }
     }
-    let index = Index::read(dir).map_err(|failure| failure.message)?;
-    Ok(index.config.facts())
+    Index::read(dir).map_err(|failure| failure.message)
 }
 
 fn corpus_file(real: &Path) -> Result<String, String> {

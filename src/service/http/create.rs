@@ -1,14 +1,17 @@
 //! Jobs come into being: asked for, or tried again. A request that comes twice makes one job.
 
+use std::collections::HashMap;
+
 use axum::extract::{DefaultBodyLimit, Extension, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use super::AppState;
-use super::admission;
+use super::admission::{self, Admitted};
 use super::auth::Caller;
 use super::extract::{JobId, JsonBody};
 use super::job::Job;
@@ -17,7 +20,7 @@ use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
 use crate::job::spec::{Corpus, JobSpec, ModelSource};
 use crate::job::state::JobState;
-use crate::service::db::{Database, Inserted, JobRow, NewJob, Once, Tenant};
+use crate::service::db::{Database, Inserted, JobRow, NewJob, Once, Tenant, WorkerRow};
 
 /// Enough for a spec that brings its text (at most 8 MiB each) along.
 pub(super) const MAX_SPEC_BYTES: usize = 16 << 20;
@@ -119,7 +122,7 @@ async fn retry(
             return Err(Problem::new(Code::StateConflict, detail));
         }
     }
-    let again = NewJob { spec: old.spec, priority: old.priority, retry_of: Some(id) };
+    let again = NewJob { priority: old.priority, retry_of: Some(id), ..NewJob::new(old.spec) };
     submit(&state, tenant, again, once).await
 }
 
@@ -136,8 +139,8 @@ async fn submit(
     {
         return settle(state, tenant, before).await;
     }
-    let spec = admit(state, tenant, job.spec).await?;
-    let job = NewJob { spec, ..job };
+    let Admitted { spec, plan } = admit(state, tenant, job.spec).await?;
+    let job = NewJob { spec, plan, ..job };
     let inserted = match &once {
         Some(once) => state.database.job_insert_once(tenant, &job, once).await?,
         None => Inserted::New(Box::new(state.database.job_insert(tenant, &job).await?)),
@@ -174,13 +177,21 @@ async fn created(state: &AppState, row: JobRow) -> Result<Response, Problem> {
     Ok((StatusCode::CREATED, location, tagged(&job)).into_response())
 }
 
-pub(super) async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -> Result<JobSpec, Problem> {
+/// Checks what the spec names, and reckons what it will take.
+pub(super) async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -> Result<Admitted, Problem> {
     check_source(&state.database, tenant, &spec).await?;
-    check_uploads(&state.database, tenant, &mut spec).await?;
+    let uploads = check_uploads(&state.database, tenant, &mut spec).await?;
     let roots = state.roots.clone();
-    let admitted =
-        tokio::task::spawn_blocking(move || admission::admit(&mut spec, &roots).map(|()| spec)).await;
-    admitted.map_err(Problem::internal)?.map_err(Problem::spec)
+    let admitted = tokio::task::spawn_blocking(move || admission::admit(spec, &roots, &uploads)).await;
+    let admitted = admitted.map_err(Problem::internal)?.map_err(Problem::spec)?;
+    let workers = state.database.workers().await?;
+    let machines = workers.iter().filter_map(WorkerRow::machine);
+    let fastest = machines.max_by(|a, b| a.flops_per_s.total_cmp(&b.flops_per_s));
+    let plan = admitted.plan.map(|plan| match fastest {
+        Some(machine) => plan.on(machine),
+        None => plan,
+    });
+    Ok(Admitted { plan, ..admitted })
 }
 
 /// A model that another job is to have left.
@@ -194,19 +205,26 @@ async fn check_source(database: &Database, tenant: Tenant, spec: &JobSpec) -> Re
     Err(Problem::spec(vec![Complaint { pointer: "/model/job_id".into(), message }]))
 }
 
-/// Texts that the caller is to have brought.
-async fn check_uploads(database: &Database, tenant: Tenant, spec: &mut JobSpec) -> Result<(), Problem> {
-    let mut complaints = Vec::new();
+/// Texts that the caller is to have brought; their sizes.
+async fn check_uploads(
+    database: &Database,
+    tenant: Tenant,
+    spec: &mut JobSpec,
+) -> Result<HashMap<Uuid, u64>, Problem> {
+    let (mut complaints, mut sizes) = (Vec::new(), HashMap::new());
     for (pointer, corpus) in spec.corpora_mut() {
         let Corpus::Upload { upload_id } = corpus else { continue };
         let message = match database.upload(tenant, *upload_id).await? {
-            Some(upload) if upload.completed_at.is_some() => continue,
+            Some(upload) if upload.completed_at.is_some() => {
+                sizes.insert(*upload_id, upload.size_bytes as u64);
+                continue;
+            }
             Some(_) => "that upload is not complete: send its parts, then POST …/complete",
             None => "there is no such upload",
         };
         complaints.push(Complaint { pointer: format!("{pointer}/upload_id"), message: message.into() });
     }
-    if complaints.is_empty() { Ok(()) } else { Err(Problem::spec(complaints)) }
+    if complaints.is_empty() { Ok(sizes) } else { Err(Problem::spec(complaints)) }
 }
 
 /// How the caller marks this request, if at all; `asked` is what makes it the same.

@@ -8,6 +8,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::job::plan::Plan;
 use crate::job::progress::Stage;
 use crate::job::report::Failure;
 use crate::job::spec::JobSpec;
@@ -58,6 +59,10 @@ pub struct Job {
     pub summary: JobSummary,
     pub spec: JobSpec,
     pub stages: Vec<StageRow>,
+    /// What the job was reckoned to take when it was asked for, on the fastest worker there was then; beside `stages`, which
+    /// tell what it took. Absent where the model was not at hand.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
     /// How many of the queue's jobs go before this one, while it waits.
     pub jobs_ahead: Option<i64>,
 }
@@ -142,7 +147,7 @@ impl JobSummary {
 
 impl Job {
     pub fn new(row: JobRow, stages: Vec<StageRow>, jobs_ahead: Option<i64>) -> Self {
-        Self { summary: JobSummary::new(&row, &stages), spec: row.spec, stages, jobs_ahead }
+        Self { summary: JobSummary::new(&row, &stages), spec: row.spec, plan: row.plan, stages, jobs_ahead }
     }
 
     /// Changes with all that is shown but the passing of time.

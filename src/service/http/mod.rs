@@ -30,6 +30,7 @@ mod jobs;
 mod models;
 mod openapi;
 mod page;
+mod plans;
 mod problem;
 mod range;
 mod results;

@@ -11,7 +11,8 @@ use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::{
-    AppState, artifacts, bundle, create, events, health, hub, jobs, models, results, sweeps, uploads, workers,
+    AppState, artifacts, bundle, create, events, health, hub, jobs, models, plans, results, sweeps, uploads,
+    workers,
 };
 use crate::job::shape::Shapes;
 use crate::job::spec::JobSpec;
@@ -49,6 +50,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(results::routes())
         .merge(artifacts::routes())
         .merge(bundle::routes())
+        .merge(plans::routes())
         .merge(sweeps::routes())
         .merge(uploads::routes())
         .merge(hub::routes())

@@ -14,6 +14,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::AppState;
+use super::admission::Admitted;
 use super::auth::Caller;
 use super::create::{MAX_SPEC_BYTES, REPLAYED, admit, once, reused};
 use super::extract::{JobId, JsonBody, Pairs, limit, parameter, prefers};
@@ -254,7 +255,7 @@ async fn admitted(state: &AppState, tenant: Tenant, children: Vec<Child>) -> Res
     let (mut jobs, mut wrong) = (Vec::with_capacity(children.len()), Vec::<Complaint>::new());
     for child in children {
         match admit(state, tenant, child.spec).await {
-            Ok(spec) => jobs.push(NewJob::new(spec)),
+            Ok(Admitted { spec, plan }) => jobs.push(NewJob { plan, ..NewJob::new(spec) }),
             Err(problem) => {
                 let below = |c: Complaint| Complaint { pointer: format!("/base{}", c.pointer), ..c };
                 let new = problem.complaints()?.into_iter().map(below);

@@ -26,6 +26,10 @@ pub struct Worker {
     /// Of its machine; absent when the worker is older than this service.
     core_count: Option<i32>,
     memory_bytes: Option<i64>,
+    /// What its device does in a second: operations of products with many rows; absent where it could not be measured.
+    flops_per_s: Option<f64>,
+    /// The same in bytes of weights, for products with one row.
+    bytes_per_s: Option<f64>,
     version: String,
     /// It works on a job, whoever owns that.
     busy: bool,
@@ -47,6 +51,8 @@ impl Worker {
             device: row.device,
             core_count: row.core_count,
             memory_bytes: row.memory_bytes,
+            flops_per_s: row.flops_per_s,
+            bytes_per_s: row.bytes_per_s,
             version: row.version,
             busy: row.job_id.is_some(),
             job_id: row.job_id.filter(|_| row.job_tenant == Some(tenant)),
