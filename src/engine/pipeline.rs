@@ -2,6 +2,8 @@
 //! Each stage is done once for the same inputs, however often the road is walked.
 
 mod budget;
+mod rounds;
+mod wanted;
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +24,7 @@ use crate::job::report::{
     Report, StageSummary, Zone,
 };
 use crate::job::spec::{
-    Corpus, DamageSpec, Gates, HealMethod, JobSpec, OnReject, OverlapPolicy, PruneAmount, Share,
+    Corpus, DamageSpec, Gates, HealMethod, JobSpec, ModelSource, OnReject, OverlapPolicy, PruneAmount, Share,
 };
 use crate::report::{Findings, card, page, plots};
 
@@ -44,6 +46,14 @@ pub struct Run<'a> {
     pub until: Option<Stage>,
     /// Directory of records that other runs use as well.
     pub records: Option<&'a Path>,
+}
+
+/// What is there when the cut is made and healed.
+struct Cutting {
+    profile: Recorded<LayerProfile>,
+    selection: Recorded<LayerSelection>,
+    pruned: Recorded<CheckpointRef>,
+    heal: Recorded<Vec<HealReport>>,
 }
 
 impl Run<'_> {
@@ -92,22 +102,8 @@ impl Run<'_> {
         model_digest: &str,
         stages: &mut Vec<StageSummary>,
     ) -> Result<Option<Findings>> {
-        let profile = self.profile(workspace, model_digest)?;
-        if self.ends(Stage::Profile, &profile, stages) {
-            return Ok(None);
-        }
-        let selection = self.select(workspace, model_digest, &profile.value)?;
-        if self.ends(Stage::Select, &selection, stages) {
-            return Ok(None);
-        }
-        let pruned = self.prune(workspace, model_digest, &selection.value)?;
-        if self.ends(Stage::Prune, &pruned, stages) {
-            return Ok(None);
-        }
-        let heal = self.heal(workspace, model_digest, &selection.value, &pruned.value)?;
-        if self.ends(Stage::Heal, &heal, stages) {
-            return Ok(None);
-        }
+        let Some(cut) = self.cut(workspace, model_digest, stages)? else { return Ok(None) };
+        let Cutting { profile, selection, pruned, heal } = cut;
         let healed = heal.value.iter().rev().find_map(|h| h.checkpoint.as_ref());
         let eval = self.eval(workspace, model_digest, &pruned.value, healed)?;
         if self.ends(Stage::Eval, &eval, stages) {
@@ -125,6 +121,46 @@ impl Run<'_> {
             eval: eval.value,
             files: pruned.files.into_iter().chain(heal.files).collect(),
         }))
+    }
+
+    /// The stages up to the healed checkpoint.
+    fn cut(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        stages: &mut Vec<StageSummary>,
+    ) -> Result<Option<Cutting>> {
+        let profile = self.profile(workspace, model_digest)?;
+        if self.ends(Stage::Profile, &profile, stages) {
+            return Ok(None);
+        }
+        if self.local.prune.rounds > 1 {
+            return self.in_rounds(profile, workspace, model_digest, stages);
+        }
+        let selection = self.select(workspace, model_digest, &profile.value)?;
+        if self.ends(Stage::Select, &selection, stages) {
+            return Ok(None);
+        }
+        let pruned = self.prune(workspace, model_digest, &selection.value)?;
+        if self.ends(Stage::Prune, &pruned, stages) {
+            return Ok(None);
+        }
+        let heal = self.heal(workspace, model_digest, &selection.value, &pruned.value)?;
+        if self.ends(Stage::Heal, &heal, stages) {
+            return Ok(None);
+        }
+        Ok(Some(Cutting { profile, selection, pruned, heal }))
+    }
+
+    /// `spec` by what it names: not where that lies, nor how the job is called.
+    fn by_content(&self, spec: &JobSpec) -> Result<JobSpec> {
+        let mut spec = spec.clone();
+        for (_, corpus) in spec.corpora_mut() {
+            *corpus = by_content(corpus)?;
+        }
+        (spec.name, spec.labels) = Default::default();
+        spec.model = ModelSource::Path { path: String::new() };
+        Ok(spec)
     }
 
     /// All that can be known to be wrong before anything is computed.
@@ -494,64 +530,6 @@ impl Run<'_> {
 
     fn cx(&self, stage: Stage) -> Cx<'_> {
         Cx { stage, compute: self.compute, observer: self.observer }
-    }
-
-    fn calibration_seq_len(&self) -> usize {
-        (self.local.calibration.seq_len as usize).min(self.base.config().max_position_embeddings)
-    }
-
-    fn calibration_wanted(&self) -> Wanted {
-        let spec = &self.local.calibration;
-        Wanted {
-            seq_len: self.calibration_seq_len(),
-            stride: None,
-            at_most: Some(spec.samples as usize),
-            insisted_by: spec.insists_on_samples().then_some("calibration.samples"),
-            purpose: Purpose::Calibration,
-            seed: self.local.seed,
-        }
-    }
-
-    fn damage_wanted(&self) -> Wanted {
-        let spec = &self.local.prune.damage;
-        Wanted {
-            seq_len: self.damage_seq_len(),
-            stride: None,
-            at_most: Some(spec.samples as usize),
-            insisted_by: spec.insists_on_samples().then_some("prune.damage.samples"),
-            purpose: Purpose::Calibration,
-            seed: self.local.seed,
-        }
-    }
-
-    fn damage_corpus(&self) -> &Corpus {
-        let spec = &self.local.prune.damage;
-        spec.corpus.as_ref().unwrap_or(&self.local.calibration.corpus)
-    }
-
-    fn damage_seq_len(&self) -> usize {
-        let asked = self.local.prune.damage.seq_len.unwrap_or(self.local.calibration.seq_len);
-        (asked as usize).min(self.base.config().max_position_embeddings)
-    }
-
-    fn eval_seq_len(&self) -> usize {
-        (self.local.eval.seq_len as usize).min(self.base.config().max_position_embeddings)
-    }
-
-    fn heal_seq_len(&self, method: &HealMethod) -> usize {
-        let facts = self.base.config().facts();
-        method.settings(self.local.preset, &facts, self.dropped_at_most()).seq_len() as usize
-    }
-
-    /// Blocks up to so many layers must be told apart: the same for all that a budget makes the job try.
-    fn profiled_for(&self) -> u32 {
-        let (prune, layer_count) = (&self.asked.prune, self.base.config().layer_count as u32);
-        let promised = prune.budget().map(|_| prune.most_layers(layer_count));
-        promised.unwrap_or_else(|| self.dropped_at_most())
-    }
-
-    fn dropped_at_most(&self) -> u32 {
-        self.local.prune.layers_to_drop(self.base.config().layer_count as u32).unwrap_or(1)
     }
 }
 

@@ -28,6 +28,10 @@ pub struct PruneSpec {
     /// Never drop this many layers at the end. `explicit` is not bound by it.
     #[serde(default = "one")]
     pub keep_last: u32,
+    /// Let the layers go in so many rounds: a share of them goes, what is left is healed, and profiled and chosen from
+    /// anew.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub rounds: u32,
     /// How the damage of leaving layers out is measured, for the strategies that measure it.
     #[serde(default)]
     pub damage: DamageSpec,
@@ -272,6 +276,12 @@ impl Strategy {
 
 const fn one() -> u32 {
     1
+}
+
+// serde hands over a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+const fn is_one(rounds: &u32) -> bool {
+    *rounds == 1
 }
 
 #[cfg(test)]

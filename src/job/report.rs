@@ -208,6 +208,9 @@ pub struct LayerSelection {
     /// Damage on text was measured with what a cut takes from the size of the stream made up for.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub mended: bool,
+    /// What went in each round, in the base model's numbers, where there were several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rounds: Vec<Vec<u32>>,
 }
 
 /// What measuring cost: sets of layers left out, and tokens sent through the model for them.

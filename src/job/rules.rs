@@ -79,6 +79,12 @@ impl JobSpec {
         let bound = p.strategy != Strategy::Explicit || !p.compare.is_empty();
         if let (true, Some(n)) = (bound, p.layers_to_drop(layer_count)) {
             let (first, last, most) = (p.keep_first, p.keep_last, p.most_layers(layer_count));
+            if p.rounds > n && p.rounds > 1 {
+                out.add(
+                    "/prune/rounds",
+                    format!("is {}, but only {n} layers go; a round takes at least one", p.rounds),
+                );
+            }
             if n > most {
                 let at = if p.strategy == Strategy::Explicit { "/prune/compare" } else { "/prune/amount" };
                 out.add(
@@ -154,6 +160,10 @@ impl JobSpec {
             }
             (_, None, Some(PruneAmount::Budget(budget))) => out.0.extend(budget.check(&self.eval)),
             (_, None, Some(_)) => {}
+        }
+        out.range("/prune/rounds", p.rounds, 1, MAX_COUNT);
+        if p.rounds > 1 && p.strategy == Strategy::Explicit {
+            out.add("/prune/rounds", "leave it out: with \"explicit\" there is nothing to choose anew");
         }
         out.range("/prune/keep_first", p.keep_first, 0, MAX_COUNT);
         out.range("/prune/keep_last", p.keep_last, 0, MAX_COUNT);

@@ -1,9 +1,22 @@
-//! How the number of layers was found, for people.
+//! How the number of layers was found and how they went, for people.
 
 use super::html::{escape, put, table};
 use super::svg::runs_text;
 use crate::job::budget::{BudgetReport, ProbeOf};
 use crate::job::report::Report;
+
+/// What went in which round, where there were several.
+pub fn rounds(out: &mut String, report: &Report) {
+    let rounds = &report.selection.rounds;
+    if rounds.is_empty() {
+        return;
+    }
+    put(out, "<section><h2>In rounds</h2><p>Numbers are those of the base model.</p>");
+    let rows = rounds.iter().enumerate();
+    let rows = rows.map(|(i, went)| vec![(i + 1).to_string(), went.len().to_string(), runs_text(went)]);
+    table(out, &["round", "layers", "which"], &rows.collect::<Vec<_>>());
+    put(out, "</section>");
+}
 
 /// What was tried, against what was promised.
 pub fn search(out: &mut String, report: &Report) {

@@ -1,6 +1,6 @@
 //! The report as one page: no script, nothing loaded from anywhere.
 
-use super::budget::search;
+use super::budget::{rounds, search};
 use super::choice::{criticality, logit_lens, strategies, zone_name};
 use super::evaluation::{changes, texts, verdict};
 use super::plot::{Figure, STYLE as PLOTS};
@@ -29,6 +29,7 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
     changes(&mut out, report);
     texts(&mut out, report);
     search(&mut out, report);
+    rounds(&mut out, report);
     profile_figures(&mut out, report);
     choice(&mut out, report);
     criticality_figure(&mut out, report);

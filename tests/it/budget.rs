@@ -155,3 +155,68 @@ fn runs_that_share_records_measure_the_base_model_once_wherever_they_work() {
     let again = bench.succeed(&bench.spec_with("/prune/amount", json!({"layers": 3})), "two", &[]);
     assert_eq!(finished(&again), Stage::ALL.map(|stage| (stage, true)));
 }
+
+#[test]
+fn layers_go_in_rounds_each_healed_and_the_result_is_told_against_the_base_model() {
+    let bench = bench();
+    let mut spec = bench.spec_with("/prune/amount", json!({"layers": 3}));
+    spec["prune"]["rounds"] = json!(2);
+    bench.succeed(&spec, "out", &[]);
+    let found = report(&bench, "out");
+    let rounds = &found.selection.rounds;
+    assert_eq!(rounds.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2]);
+    let mut all = rounds.concat();
+    all.sort_unstable();
+    assert_eq!(all, found.selection.dropped);
+    // The pruned checkpoint is the base model without all of them, as if they had gone at once.
+    let mut at_once = bench.spec_with("/prune", json!({"strategy": "explicit", "layers": all}));
+    at_once["heal"] = json!([]);
+    bench.succeed(&at_once, "at once", &["--until", "prune"]);
+    assert_eq!(tree(&bench.path("out/pruned")).len(), tree(&bench.path("at once/pruned")).len());
+    let file = |workspace: &str| fs::read(bench.path(workspace).join("pruned/model.safetensors")).unwrap();
+    assert!(file("out") == file("at once"));
+    // Each round was healed from where the one before had come to.
+    assert_eq!(found.heal.len(), 2);
+    let helped: Vec<_> = found.heal.iter().filter(|heal| !heal.reverted).collect();
+    assert!(!helped.is_empty() && found.eval.healed.is_some(), "{:?}", found.heal);
+    let named: Vec<_> = found.heal.iter().filter_map(|heal| heal.checkpoint.as_ref()).collect();
+    assert_eq!(named.len(), 1);
+    assert_eq!((named[0].path.as_str(), named[0].layer_count), ("healed", 3));
+    assert!(bench.path("out/healed/model.safetensors").exists() && !bench.path("out/rounds").exists());
+    assert!(!bench.path("out/adapter").exists());
+    assert!(fs::read_to_string(bench.path("out/report.html")).unwrap().contains("In rounds"));
+    // All is recorded.
+    let told = bench.succeed(&spec, "out", &[]);
+    assert_eq!(finished(&told), Stage::ALL.map(|stage| (stage, true)));
+}
+
+#[test]
+fn rounds_killed_in_the_second_go_on_there_and_end_with_the_same_bytes() {
+    let bench = bench();
+    let mut spec = bench.spec_with("/prune/amount", json!({"layers": 3}));
+    spec["prune"]["rounds"] = json!(2);
+    bench.succeed(&spec, "undisturbed", &[]);
+    let healed = Cell::new(0);
+    let mut child = bench.start_until(&spec, "killed", |event| {
+        healed
+            .set(healed.get() + i32::from(matches!(event, Event::StageFinished { stage: Stage::Heal, .. })));
+        healed.get() == 1 && matches!(event, Event::Advanced { stage: Stage::Heal, .. })
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let told = bench.succeed(&spec, "killed", &[]);
+    // The first round is there; the second one, and the record of both, are new.
+    let heals: Vec<bool> = finished(&told)
+        .into_iter()
+        .filter(|(stage, _)| *stage == Stage::Heal)
+        .map(|(_, reused)| reused)
+        .collect();
+    assert_eq!(heals, [true, false, false]);
+    assert_eq!(weights(&bench, "killed"), weights(&bench, "undisturbed"));
+    for (rounds, message) in [(4, "only 3 layers go"), (0, "/prune/rounds")] {
+        spec["prune"]["rounds"] = json!(rounds);
+        let output = bench.run(&spec, "out", &[]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains(message), "{}", stderr(&output));
+    }
+}

@@ -166,6 +166,7 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
         spec,
         model_digest: "cd".repeat(32),
         selection: LayerSelection {
+            rounds: Vec::new(),
             dropped,
             strategy: Strategy::BlockEndpoint,
             score,

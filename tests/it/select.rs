@@ -9,6 +9,7 @@ use crate::support::made_up::profile;
 
 fn spec(strategy: Strategy, n: u32, keep_first: u32, keep_last: u32) -> PruneSpec {
     PruneSpec {
+        rounds: 1,
         amount: Some(PruneAmount::Layers(n)),
         strategy,
         compare: Vec::new(),

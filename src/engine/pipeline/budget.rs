@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::{Run, by_content};
+use super::Run;
 use crate::engine::prune::Cut;
 use crate::engine::select::budget::{Outcome, search};
 use crate::engine::workspace::Workspace;
@@ -13,7 +13,7 @@ use crate::engine::{Error, Result, at};
 use crate::job::budget::{Budget, BudgetReport, Probe, ProbeOf};
 use crate::job::progress::Stage;
 use crate::job::report::{Decision, FailureKind};
-use crate::job::spec::{EvalSpec, JobSpec, ModelSource, PruneAmount};
+use crate::job::spec::{EvalSpec, JobSpec, PruneAmount};
 use crate::report::judge;
 
 /// Directory of a workspace with what is tried.
@@ -105,17 +105,10 @@ impl Run<'_> {
         model_digest: &str,
     ) -> Result<Probe> {
         let local = asked_of_probe(self.local, budget, layers, of);
-        let mut content = local.clone();
-        for (_, corpus) in content.corpora_mut() {
-            *corpus = by_content(corpus)?;
-        }
-        // Names are no part of what is tried, nor is where the model lies.
-        (content.name, content.labels) = Default::default();
-        content.model = ModelSource::Path { path: String::new() };
         let inputs = json!({
             "model": model_digest,
             "compute": self.compute.name(),
-            "spec": content,
+            "spec": self.by_content(&local)?,
         });
         let cx = self.cx(Stage::Eval);
         let probe = workspace.kept("probe", &inputs, || {

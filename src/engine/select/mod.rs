@@ -85,6 +85,7 @@ pub fn select(
         compared.push(chooser.compared(*strategy, &found, tell)?);
     }
     Ok(LayerSelection {
+        rounds: Vec::new(),
         dropped: decided.dropped().to_vec(),
         strategy: spec.strategy,
         score: decided.score,
