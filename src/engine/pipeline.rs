@@ -152,17 +152,6 @@ impl Run<'_> {
         Ok(Some(Cutting { profile, selection, pruned, heal }))
     }
 
-    /// `spec` by what it names: not where that lies, nor how the job is called.
-    fn by_content(&self, spec: &JobSpec) -> Result<JobSpec> {
-        let mut spec = spec.clone();
-        for (_, corpus) in spec.corpora_mut() {
-            *corpus = by_content(corpus)?;
-        }
-        (spec.name, spec.labels) = Default::default();
-        spec.model = ModelSource::Path { path: String::new() };
-        Ok(spec)
-    }
-
     /// All that can be known to be wrong before anything is computed.
     fn check(&self) -> Result<()> {
         let complaints = self.local.validate_for(&self.base.config().facts());
@@ -536,6 +525,17 @@ impl Run<'_> {
 /// The checkpoint to ship.
 fn healed_or_pruned(report: &Report) -> &CheckpointRef {
     report.heal.iter().rev().find_map(|heal| heal.checkpoint.as_ref()).unwrap_or(&report.pruned)
+}
+
+/// `spec` by what it names: not where that lies, nor how the job is called.
+fn spec_by_content(spec: &JobSpec) -> Result<JobSpec> {
+    let mut spec = spec.clone();
+    for (_, corpus) in spec.corpora_mut() {
+        *corpus = by_content(corpus)?;
+    }
+    (spec.name, spec.labels) = Default::default();
+    spec.model = ModelSource::Path { path: String::new() };
+    Ok(spec)
 }
 
 /// A corpus by what it holds, not by where it lies.

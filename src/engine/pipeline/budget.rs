@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::Run;
+use super::{Run, spec_by_content};
 use crate::engine::prune::Cut;
 use crate::engine::select::budget::{Outcome, search};
 use crate::engine::workspace::Workspace;
@@ -108,7 +108,7 @@ impl Run<'_> {
         let inputs = json!({
             "model": model_digest,
             "compute": self.compute.name(),
-            "spec": self.by_content(&local)?,
+            "spec": spec_by_content(&local)?,
         });
         let cx = self.cx(Stage::Eval);
         let probe = workspace.kept("probe", &inputs, || {

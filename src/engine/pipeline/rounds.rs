@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Cutting, Run};
+use super::{Cutting, Run, spec_by_content};
 use crate::engine::heal::{ADAPTER, HEALED};
 use crate::engine::model::Checkpoint;
 use crate::engine::workspace::{Recorded, Workspace};
@@ -43,7 +43,7 @@ impl Run<'_> {
         let inputs = json!({
             "model": model_digest,
             "compute": self.compute.name(),
-            "spec": self.by_content(self.local)?,
+            "spec": spec_by_content(self.local)?,
         });
         let walk = || self.walk_rounds(workspace, model_digest);
         let walked = workspace.kept("rounds", &inputs, walk)?;
