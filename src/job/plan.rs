@@ -387,13 +387,11 @@ impl Planner<'_> {
             BaseBits::Eight => 1.02,
             BaseBits::Sixteen => 2.0,
         };
-        // Seven matrices a layer, the MLP's several times as wide as the stream.
-        let trained = f64::from(self.facts.layer_count - n)
-            * f64::from(rank)
-            * f64::from(self.facts.hidden_size)
-            * 15.0;
-        let size = layers * width + 2.0 * self.in_head() + 16.0 * trained;
-        (flops, size as u64 + self.training_bytes(t, n))
+        // The matrices of the MLP are a few times as wide as the stream; a parameter has two moments.
+        let of_layer = f64::from(rank) * f64::from(self.facts.hidden_size) * 11.0;
+        let trained = f64::from(self.facts.layer_count.saturating_sub(n)) * of_layer;
+        let size = layers * width + 2.0 * self.in_head() + 12.0 * trained;
+        (flops, size as u64 + self.logits_bytes() + self.training_bytes(t, n))
     }
 
     /// Weights as they are: gradients of those that are trained, and back to the lowest of them.
@@ -404,7 +402,7 @@ impl Planner<'_> {
         let through = self.forward(Tokens::all(tokens), share);
         let back = 2.0 * self.forward(Tokens::all(tokens), trained);
         let weights = self.in_layers() * trained + if head { self.in_head() } else { 0.0 };
-        let size = self.left(n).size_bytes + (weights * 16.0) as u64;
+        let size = (weights * 16.0) as u64;
         (through + back + self.taught(method, tokens), size + self.training_bytes(t, n))
     }
 
@@ -414,17 +412,23 @@ impl Planner<'_> {
         if taught { self.forward(Tokens::all(tokens), 1.0) } else { 0.0 }
     }
 
-    /// The stream at every seam for one batch, and a micro-batch in the middle of a layer.
+    /// Of a micro-batch; the gradient takes their place.
+    fn logits_bytes(&self) -> u64 {
+        ROWS * u64::from(self.facts.vocab_size) * 4
+    }
+
+    /// Pruned and healed checkpoint, mapped as they are read, and of a micro-batch the stream at every seam, the logits
+    /// and what is in the middle of a layer.
     fn training_bytes(&self, t: &Training, n: u32) -> u64 {
-        let rows = f64::from(t.batch_size) * f64::from(t.seq_len);
-        let seams = self.stream_bytes(rows) * u64::from(self.facts.layer_count - n + 2);
-        seams + ROWS * u64::from(self.facts.hidden_size) * 4 * 40 + PROGRAM_BYTES
+        let rows = (f64::from(t.batch_size) * f64::from(t.seq_len)).min(ROWS as f64);
+        let seams = self.stream_bytes(rows) * u64::from(self.facts.layer_count.saturating_sub(n) + 2);
+        2 * self.left(n).size_bytes + seams + self.logits_bytes() + PROGRAM_BYTES
     }
 
     /// Base and healed model on the same text, from cut to cut, and `more` operations.
     fn beside(&self, tokens: f64, n: u32, more: f64) -> (f64, u64) {
         let both = self.forward(Tokens { through: tokens, head: 0.0 }, 1.0 + self.share(n));
-        (0.6 * both + more, self.forward_bytes(1.0) + 3 * self.stream_bytes(tokens))
+        (0.6 * both + more, self.forward_bytes(1.0) + self.left(n).size_bytes + 3 * self.stream_bytes(tokens))
     }
 
     fn items(&mut self, tasks: &[TaskSpec]) -> f64 {
