@@ -153,7 +153,7 @@ fn training_learns_a_pattern_over_a_base_in_4_8_and_16_bits() {
         let scratch = tempfile::tempdir().unwrap();
         let windows = Windows::split(windows(12)).unwrap();
         let trained = trained(&checkpoint, &settings, &windows, None, scratch.path(), &Silent).unwrap();
-        let (first, last) = (trained.curve[0].loss, trained.curve[24].loss);
+        let (first, last) = (trained.taken.curve[0].loss, trained.taken.curve[24].loss);
         assert!(last < 0.7 * first, "{bits:?}: {first} to {last}");
     }
 }
@@ -180,7 +180,7 @@ fn with_training(settings: QloraSettings, change: impl FnOnce(&mut Training)) ->
 }
 
 fn losses(trained: &Trained) -> Vec<f64> {
-    trained.curve.iter().map(|point| point.loss).collect()
+    trained.taken.curve.iter().map(|point| point.loss).collect()
 }
 
 /// Asks to stop once so many steps have been measured.
@@ -220,7 +220,7 @@ fn a_training_stopped_anywhere_goes_on_and_ends_with_the_same_bytes() {
         let resumed = run(scratch.path(), &Silent).unwrap();
         assert_eq!(bytes(&resumed.trainables), bytes(&whole.trainables), "stopped after {stop} steps");
         assert_eq!(losses(&resumed), losses(&whole));
-        assert_eq!(resumed.tokens, whole.tokens);
+        assert_eq!(resumed.taken.tokens, whole.taken.tokens);
     }
 }
 
@@ -329,8 +329,8 @@ fn a_training_that_diverges_ends_with_its_last_good_state() {
         trained(&checkpoint, &settings, &windows, None, scratch.path(), &Silent)
     };
     let kept = run(1).unwrap();
-    let at = kept.diverged_at.unwrap();
-    assert!(at > 0 && kept.curve.len() == at as usize, "{at} {}", kept.curve.len());
+    let at = kept.taken.diverged_at.unwrap();
+    assert!(at > 0 && kept.taken.curve.len() == at as usize, "{at} {}", kept.taken.curve.len());
     assert!(losses(&kept).iter().all(|loss| loss.is_finite()));
     let Err(error) = run(1000) else { panic!("nothing good was kept") };
     assert!(error.to_string().contains("lower learning_rate"), "{error}");
@@ -359,7 +359,7 @@ fn whole_weights_learn_the_pattern_with_moments_in_8_bits_as_well() {
         let layers = checkpoint.config().layer_count;
         let weights = Trainables::weights(&checkpoint, layers - 1..layers, true, &compute.device).unwrap();
         let trained = course.run(weights).unwrap();
-        let (first, last) = (trained.curve[0].loss, trained.curve[24].loss);
+        let (first, last) = (trained.taken.curve[0].loss, trained.taken.curve[24].loss);
         assert!(last < 0.7 * first, "{moment_bits:?}: {first} to {last}");
         curves.push(losses(&trained));
     }

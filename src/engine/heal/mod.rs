@@ -13,6 +13,7 @@ mod reconstruct;
 mod rescale;
 mod resume;
 mod solve;
+mod steps;
 mod teacher;
 pub mod trainables;
 mod training;

@@ -4,18 +4,17 @@
 
 use candle_core::{DType, Tensor};
 
-use super::adamw::{AdamW, clip, learning_rate};
 use super::backward::{Seam, Way, complete};
 use super::beside::Beside;
 use super::change::Changes;
-use super::resume::{Points, Progress};
+use super::steps::{Slope, Steps, Taken};
 use super::trainables::{Draw, Trainables};
 use super::{Case, Remedy};
 use crate::engine::chance::stream_key;
 use crate::engine::model::layer::Layer;
 use crate::engine::{Error, Result};
 use crate::job::heal::ReconstructSettings;
-use crate::job::report::{LossPoint, Repaired};
+use crate::job::report::Repaired;
 use crate::job::training::{Defaults, Training, TrainingSpec};
 
 /// Steps between resume points.
@@ -26,7 +25,7 @@ const MAX_GRADIENT_NORM: f64 = 1.0;
 pub fn heal(case: &Case, settings: &ReconstructSettings) -> Result<Remedy> {
     let mut beside = Beside::open(case)?;
     let (mut changes, mut repaired, mut curve) = (Changes::new(), Vec::new(), Vec::new());
-    let (mut trainable_parameters, mut tokens) = (0, 0);
+    let (mut trainable_parameters, mut tokens, mut diverged_at) = (0, 0, None);
     for (index, (block, seam)) in case.cuts().into_iter().enumerate() {
         let Some(below) = seam.checked_sub(1) else {
             return Err(Error::spec("reconstruct changes the layer below the cut; keep layer 0"));
@@ -35,16 +34,17 @@ pub fn heal(case: &Case, settings: &ReconstructSettings) -> Result<Remedy> {
         let weights = Trainables::weights(case.source, below..seam, false, &case.cx.compute.device)?;
         let fit = Fit { case, settings, beside: &beside, index, below, weights: &weights };
         let error_before = fit.error(&beside.layer(below)?)?;
-        let progress = fit.run()?;
+        let taken = fit.run()?;
         let layer = fit.layer(false)?;
         beside.through(&layer)?;
         repaired.push(Repaired { block, factor: 1.0, error_before, error_after: beside.error(index)? });
         trainable_parameters += weights.parameters();
-        tokens += progress.tokens;
-        curve.extend(progress.curve);
+        tokens += taken.tokens;
+        curve.extend(taken.curve);
+        diverged_at = diverged_at.or(taken.diverged_at);
         changes.extend(weights.changes(case.source.config()));
     }
-    Ok(Remedy { tokens, repaired, trainable_parameters, curve, ..Remedy::new(case, changes) })
+    Ok(Remedy { tokens, repaired, trainable_parameters, curve, diverged_at, ..Remedy::new(case, changes) })
 }
 
 /// The fit of one layer.
@@ -60,46 +60,16 @@ struct Fit<'a> {
 }
 
 impl Fit<'_> {
-    fn run(&self) -> Result<Progress> {
-        let cx = self.case.cx;
-        let variables = &self.weights.variables;
+    fn run(&self) -> Result<Taken> {
         let batches = self.beside.batches() as u32;
-        let training = self.training(batches * self.settings.epochs);
-        let mut optimizer = AdamW::new(variables, &training);
-        let mut points = Points::new(self.case.scratch, &format!("reconstruct-{}", self.index));
-        let newest = points.newest(variables, &mut optimizer, &cx.compute.device)?;
-        let mut progress = newest.unwrap_or_default();
-        while progress.step < training.steps {
-            let step = progress.step;
-            let batch = self.batch(step, batches);
-            let (loss, mut gradients) = self.gradients(batch)?;
-            let norm = clip(&mut gradients, training.max_gradient_norm)?;
-            if !loss.is_finite() || !norm.is_finite() {
-                return Err(Error::spec(format!(
-                    "reconstruct diverged: what the stream lacks is not finite at step {step}; lower learning_rate"
-                )));
-            }
-            let rate = learning_rate(&training, step);
-            optimizer.update(variables, &gradients, step, rate)?;
-            progress.curve.push(LossPoint { step, loss, learning_rate: rate });
-            progress.step += 1;
-            progress.tokens += self.beside.windows(batch).sum::<usize>() as u64;
-            cx.measured("loss", u64::from(step), loss);
-            points.keep(progress.step % training.checkpoint_every == 0, &progress, variables, &optimizer)?;
-            cx.advanced(
-                "training the layer below the cut",
-                u64::from(step) + 1,
-                u64::from(training.steps),
-                "steps",
-            )
-            .or_else(|stop| {
-                points.keep_now(&progress, variables, &optimizer)?;
-                Err(stop)
-            })?;
-        }
-        // The next cut may be interrupted as well: this one is done.
-        points.keep_now(&progress, variables, &optimizer)?;
-        Ok(progress)
+        let steps = Steps {
+            training: &self.training(batches * self.settings.epochs),
+            scratch: self.case.scratch,
+            name: &format!("reconstruct-{}", self.index),
+            task: "training the layer below the cut",
+            cx: self.case.cx,
+        };
+        steps.take(&self.weights.variables, &mut |step| self.slope(self.batch(step, batches)))
     }
 
     fn training(&self, steps: u32) -> Training {
@@ -156,7 +126,7 @@ impl Fit<'_> {
     }
 
     /// What the stream lacks behind the layer, on the mean of a batch's rows, and the gradients of the weights.
-    fn gradients(&self, batch: usize) -> Result<(f64, Vec<Tensor>)> {
+    fn slope(&self, batch: usize) -> Result<Slope> {
         let compute = self.case.cx.compute;
         let layer = self.layer(!self.beside.layer(self.below)?.is_native())?;
         let (entering, pass) = self.beside.entering(batch)?;
@@ -172,6 +142,9 @@ impl Fit<'_> {
         let way = Way { entering: &entering, pass, trace };
         way.back(&layer, self.below, &upstream, false, self.weights, &mut gradients)?;
         let gradients = complete(gradients)?;
-        Ok((lacking, gradients.iter().map(|g| g.to_dtype(DType::F32)).collect::<candle_core::Result<_>>()?))
+        let gradients =
+            gradients.iter().map(|g| g.to_dtype(DType::F32)).collect::<candle_core::Result<_>>()?;
+        let tokens = self.beside.windows(batch).sum::<usize>() as u64;
+        Ok(Slope { loss: lacking, gradients, tokens })
     }
 }

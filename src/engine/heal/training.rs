@@ -1,13 +1,11 @@
 //! Training by optimizer steps on the text itself, or on what a teacher makes of it: adapters or weights alike.
 
 use std::path::Path;
-use std::time::Instant;
 
 use candle_core::Tensor;
 
-use super::adamw::{AdamW, clip, learning_rate};
 use super::backward::{Objective, Seam, loss_and_gradients, next_tokens};
-use super::resume::{Points, Progress};
+use super::steps::{Slope, Steps, Taken};
 use super::teacher::Teacher;
 use super::trainables::{Draw, Trainables};
 use super::windows::Windows;
@@ -16,7 +14,7 @@ use crate::engine::chance::stream_key;
 use crate::engine::model::kernel::rows::SoftTarget;
 use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::{Cx, Error, Result};
-use crate::job::report::{FailureKind, LossPoint};
+use crate::job::report::FailureKind;
 use crate::job::training::{BaseBits, Training};
 
 /// Tokens per micro-batch, or fewer where the memory is too little for so many; an optimizer step accumulates
@@ -60,10 +58,7 @@ pub struct Course<'a> {
 /// What training left behind.
 pub struct Trained {
     pub trainables: Trainables,
-    pub curve: Vec<LossPoint>,
-    pub tokens: u64,
-    /// The optimizer step at which the loss was no number, if there was one: what is left is from before it.
-    pub diverged_at: Option<u32>,
+    pub taken: Taken,
 }
 
 impl<'a> Course<'a> {
@@ -74,87 +69,28 @@ impl<'a> Course<'a> {
         Ok(Self { source, bits, training, windows, teacher, seed: wound.spec.seed, scratch, cx })
     }
 
-    /// Trains. Progress is kept in `scratch` every `checkpoint_every` steps, every few minutes, and when asked to
-    /// stop; a later call goes on from there and ends with the very same bytes.
+    /// Trains, as [`Steps::take`].
     pub fn run(mut self, trainables: Trainables) -> Result<Trained> {
         let Self { training, cx, .. } = self;
-        let device = &cx.compute.device;
-        let variables = &trainables.variables;
-        let mut optimizer = AdamW::new(variables, training);
-        let mut points = Points::new(self.scratch, "training");
-        let mut progress = points.newest(variables, &mut optimizer, device)?.unwrap_or_default();
-        if progress.step > 0 {
-            cx.note(format!("healing goes on from optimizer step {}", progress.step));
-        }
         let frozen = Decoder::open_frozen(self.source, cx.compute, self.bits)?;
         let mut micro_batch = MICRO_BATCH_TOKENS.min(frozen.rows_at_once());
-        let mut diverged_at = None;
-        while progress.step < training.steps {
-            if let Err(stop) = cx.check() {
-                points.keep_now(&progress, variables, &optimizer)?;
-                return Err(stop);
-            }
-            let begun = (Instant::now(), progress.tokens);
-            let Some(norm) =
-                self.step(&frozen, &trainables, &mut optimizer, &mut micro_batch, &mut progress)?
-            else {
-                diverged_at = Some(progress.step);
-                progress = self.before_divergence(&points, &trainables, &mut optimizer, progress.step)?;
-                break;
-            };
-            let point = progress.curve[progress.curve.len() - 1];
-            let tokens_per_s = (progress.tokens - begun.1) as f64 / begun.0.elapsed().as_secs_f64();
-            cx.measured("loss", u64::from(point.step), point.loss);
-            cx.measured("learning_rate", u64::from(point.step), point.learning_rate);
-            cx.measured("gradient_norm", u64::from(point.step), norm);
-            cx.measured("tokens_per_s", u64::from(point.step), tokens_per_s);
-            points.keep(progress.step % training.checkpoint_every == 0, &progress, variables, &optimizer)?;
-            cx.advanced("training", u64::from(progress.step), u64::from(training.steps), "steps").or_else(
-                |stop| {
-                    points.keep_now(&progress, variables, &optimizer)?;
-                    Err(stop)
-                },
-            )?;
-        }
-        let Progress { curve, tokens, .. } = progress;
-        Ok(Trained { trainables, curve, tokens, diverged_at })
-    }
-
-    /// Goes back to the last state that is kept and was good.
-    fn before_divergence(
-        &self,
-        points: &Points,
-        trainables: &Trainables,
-        optimizer: &mut AdamW,
-        step: u32,
-    ) -> Result<Progress> {
-        let last = points.steady(&trainables.variables, optimizer, &self.cx.compute.device)?;
-        let last = last.ok_or_else(|| {
-            Error::spec(format!(
-                "healing diverged: the loss or its gradient is not finite at optimizer step {step}; lower \
-                 learning_rate"
-            ))
+        let steps = Steps { training, scratch: self.scratch, name: "training", task: "training", cx };
+        let taken = steps.take(&trainables.variables, &mut |step| {
+            self.slope(&frozen, &trainables, &mut micro_batch, step)
         })?;
-        self.cx.note(format!(
-            "healing diverged at optimizer step {step} and ends with what it was after step {}; lower learning_rate",
-            last.step
-        ));
-        Ok(last)
+        Ok(Trained { trainables, taken })
     }
 
-    /// One optimizer step. Gives the norm of the gradient before it was clipped; nothing, and changes nothing, where
-    /// loss or gradient are not finite.
-    fn step(
+    /// Loss and gradients of a step; with smaller micro-batches from now on where they do not fit.
+    fn slope(
         &mut self,
         frozen: &Decoder,
         trainables: &Trainables,
-        optimizer: &mut AdamW,
         micro_batch: &mut usize,
-        progress: &mut Progress,
-    ) -> Result<Option<f64>> {
-        let (step, training) = (progress.step, self.training);
+        step: u32,
+    ) -> Result<Slope> {
         let lessons = self.lessons(step)?;
-        let sums = loop {
+        let (loss, gradients) = loop {
             match self.gradients(frozen, trainables, &lessons, *micro_batch, step) {
                 Err(Error::Failed(failure))
                     if failure.kind == FailureKind::OutOfMemory && *micro_batch == MICRO_BATCH_TOKENS =>
@@ -167,17 +103,8 @@ impl<'a> Course<'a> {
                 other => break other?,
             }
         };
-        let (loss, mut gradients) = sums;
-        let norm = clip(&mut gradients, training.max_gradient_norm)?;
-        if !loss.is_finite() || !norm.is_finite() {
-            return Ok(None);
-        }
-        let learning_rate = learning_rate(training, step);
-        optimizer.update(&trainables.variables, &gradients, step, learning_rate)?;
-        progress.curve.push(LossPoint { step, loss, learning_rate });
-        progress.step += 1;
-        progress.tokens += lessons.iter().map(|lesson| lesson.window.len() as u64).sum::<u64>();
-        Ok(Some(norm))
+        let tokens = lessons.iter().map(|lesson| lesson.window.len() as u64).sum();
+        Ok(Slope { loss, gradients, tokens })
     }
 
     /// The windows of a step, and what is to be learnt of each.
@@ -251,12 +178,12 @@ fn seams_of(lessons: &[Lesson]) -> Result<Vec<Seam>> {
 impl Remedy {
     /// What a training comes to.
     pub(super) fn trained(case: &Case, trained: Trained) -> Self {
-        let Trained { trainables, curve, tokens, diverged_at } = trained;
+        let Trained { trainables, taken } = trained;
         Self {
             trainable_parameters: trainables.parameters(),
-            tokens,
-            curve,
-            diverged_at,
+            tokens: taken.tokens,
+            curve: taken.curve,
+            diverged_at: taken.diverged_at,
             ..Self::new(case, trainables.changes(case.source.config()))
         }
     }
