@@ -80,9 +80,10 @@ pub fn may_bind(addr: SocketAddr, has_key: bool) -> Result<(), String> {
     ))
 }
 
-/// Paths that are open to all: health and documentation tell nothing.
+/// Paths that are open to all: health, documentation and the empty dashboard tell nothing.
 fn is_open(path: &str) -> bool {
-    matches!(path, "/livez" | "/readyz" | "/openapi.json" | "/docs")
+    matches!(path, "/" | "/livez" | "/readyz" | "/openapi.json" | "/docs")
+        || path.starts_with("/assets/")
         || path.starts_with("/docs/")
         || path == "/problems"
         || path.starts_with("/problems/")

@@ -49,6 +49,8 @@ pub struct JobSummary {
     /// A waiting job is not tried before this time.
     #[serde(with = "time::serde::rfc3339")]
     pub run_after: OffsetDateTime,
+    /// Number of its newest event.
+    pub last_seq: i64,
     pub links: Links,
 }
 
@@ -140,6 +142,7 @@ impl JobSummary {
             finished_at: row.finished_at,
             retry_of: row.retry_of,
             run_after: row.run_after,
+            last_seq: row.last_seq,
             links: Links::new(row.id),
         }
     }

@@ -20,6 +20,7 @@ mod artifacts;
 mod auth;
 mod bundle;
 mod create;
+mod dashboard;
 mod edge;
 mod events;
 mod extract;
@@ -57,7 +58,7 @@ pub fn router(state: AppState) -> Router {
     let (routes, document) = openapi::routes().split_for_parts();
     let document = openapi::finish(document);
     routes
-        .route("/", get(page::landing))
+        .merge(dashboard::routes())
         .route("/problems", get(problem::all))
         .route("/problems/{name}", get(problem::about))
         .route("/openapi.json", get(async move || Json(document)))

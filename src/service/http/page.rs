@@ -19,8 +19,3 @@ pub fn page(title: &str, body: &str) -> Html<String> {
 pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
-
-/// `/`: where to go from here.
-pub async fn landing() -> Html<String> {
-    page("secateur", include_str!("assets/landing.html"))
-}
