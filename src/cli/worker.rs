@@ -1,11 +1,14 @@
 //! `secateur worker`: runs jobs, serves nobody.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::options::{self, DataArgs, DatabaseArgs, LogArgs, WorkArgs};
+use crate::service::http;
 use crate::service::store::Store;
 use crate::worker;
 
@@ -17,6 +20,9 @@ pub struct Args {
     database: DatabaseArgs,
     #[command(flatten)]
     work: WorkArgs,
+    /// Where Prometheus may ask for this worker's metrics; nowhere when absent.
+    #[arg(long, env = "SECATEUR_METRICS_BIND", value_name = "ADDR")]
+    metrics_bind: Option<SocketAddr>,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -37,6 +43,12 @@ async fn work(args: &Args) -> anyhow::Result<()> {
     let listening = database.clone();
     let stop = background.clone();
     tokio::spawn(async move { listening.listen(stop).await });
+    if let Some(address) = args.metrics_bind {
+        let listener =
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        tracing::info!(address = %listener.local_addr()?, "metrics");
+        tokio::spawn(http::serve_metrics(listener, background.clone()));
+    }
     let ended = worker::run(database.clone(), store, settings, &args.work.devices, shutdown).await;
     background.cancel();
     database.close().await;

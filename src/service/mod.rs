@@ -4,3 +4,4 @@ pub mod db;
 pub mod http;
 pub mod local_pg;
 pub mod store;
+pub mod telemetry;

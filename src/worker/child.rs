@@ -55,7 +55,7 @@ pub async fn run(worker: &Worker, keeper: &Keeper, lease: Lease, spec: &[u8], wo
     };
     let (told, events) = mpsc::channel(1024);
     let lost = CancellationToken::new();
-    let recorder = Recorder::new(worker.database.clone(), lease, keeper, lost.clone());
+    let recorder = Recorder::new(worker, lease, keeper, lost.clone());
     let stdin = child.stdin.take();
     let feed = async {
         if let Some(mut stdin) = stdin {

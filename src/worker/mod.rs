@@ -22,6 +22,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use time::OffsetDateTime;
 use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -32,6 +33,7 @@ use crate::job::report::{Failure, FailureKind};
 use crate::job::state::JobState;
 use crate::service::db::{Database, Dead, Error, JobRow, Lease, Limits, Signal, WorkerSelf};
 use crate::service::store::Store;
+use crate::service::telemetry;
 use child::Outcome;
 use lease::Keeper;
 
@@ -161,6 +163,7 @@ impl Worker {
         };
         self.database.worker_started(&me).await?;
         let dead = self.database.reap(Dead::Worker(self.id), self.settings.limits).await?;
+        telemetry::leases_reaped("worker_died", dead);
         if dead > 0 {
             tracing::warn!(device = self.device, "took back the job of a worker that died");
         }
@@ -168,6 +171,8 @@ impl Worker {
     }
 
     async fn serve(&self) {
+        telemetry::start_recording();
+        telemetry::worker_ready(&self.device);
         let mut signals = self.database.signals();
         while let Err(error) = self.announce().await {
             tracing::warn!(device = self.device, %error, "the worker waits for the database");
@@ -233,13 +238,26 @@ impl Worker {
             return Ok(false);
         };
         let workspace = self.settings.data.join("work").join(job.id.to_string());
+        telemetry::attempt_began(&self.device);
+        if job.epoch == 1 {
+            let waited = OffsetDateTime::now_utc() - job.created_at.max(job.run_after);
+            telemetry::queue_waited(waited.try_into().unwrap_or_default());
+        }
         tracing::info!(job = %job.id, attempt = job.attempt, epoch = job.epoch, "attempt begins");
         let keeper = Keeper::start(&self.database, lease, self.id, &self.settings);
         let outcome = match self.prepare(&job, &workspace).await {
             Ok(spec) => child::run(self, &keeper, lease, &spec, &workspace).await,
             Err(failure) => Outcome::Failed(failure),
         };
+        let stopped = matches!(outcome, Outcome::Stopped(_));
         let ended = self.end(&keeper, lease, outcome, &workspace).await;
+        let how = match ended {
+            Ok(JobState::Succeeded) => "succeeded",
+            Ok(_) if stopped => "stopped",
+            Ok(_) => "failed",
+            Err(_) => "lost",
+        };
+        telemetry::attempt_ended(&self.device, how);
         match ended {
             Ok(state) => {
                 tracing::info!(job = %job.id, epoch = job.epoch, %state, "attempt ended");
@@ -249,6 +267,7 @@ impl Worker {
                 }
             }
             Err(Error::LeaseLost) => {
+                telemetry::lease_lost();
                 tracing::warn!(job = %job.id, epoch = job.epoch, "the lease was lost; nothing is written");
             }
             Err(error) => tracing::error!(job = %job.id, epoch = job.epoch, %error, "attempt not ended"),

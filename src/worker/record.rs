@@ -6,10 +6,12 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::Worker;
 use super::lease::Keeper;
 use crate::job::progress::Event;
 use crate::job::report::Failure;
 use crate::service::db::{Database, Error, Lease, Progress};
+use crate::service::telemetry;
 
 /// Events wait at most this long before they are written.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
@@ -19,6 +21,7 @@ const MAX_WAITING: usize = 10_000;
 pub struct Recorder<'a> {
     database: Database,
     lease: Lease,
+    device: String,
     keeper: &'a Keeper,
     /// Cancelled when the lease proves to be lost.
     lost: CancellationToken,
@@ -27,8 +30,9 @@ pub struct Recorder<'a> {
 }
 
 impl<'a> Recorder<'a> {
-    pub fn new(database: Database, lease: Lease, keeper: &'a Keeper, lost: CancellationToken) -> Self {
-        Self { database, lease, keeper, lost, waiting: Vec::new(), failure: None }
+    pub fn new(worker: &Worker, lease: Lease, keeper: &'a Keeper, lost: CancellationToken) -> Self {
+        let (database, device) = (worker.database.clone(), worker.device.clone());
+        Self { database, lease, device, keeper, lost, waiting: Vec::new(), failure: None }
     }
 
     /// Records until the run tells no more. Gives the failure it told, if any.
@@ -72,12 +76,13 @@ impl<'a> Recorder<'a> {
                 self.keeper.show(Progress { stage, task: task.clone(), done, total, unit: unit.clone() });
             }
             Event::StageFinished { stage, reused, duration_ms, .. } => {
-                let reused = if *reused { "true" } else { "false" };
-                metrics::histogram!("secateur_stage_duration_seconds", "stage" => stage.name(), "reused" => reused)
-                    .record(*duration_ms as f64 / 1000.0);
+                telemetry::stage_finished(*stage, *reused, *duration_ms);
             }
             Event::Failed { failure } => self.failure = Some(failure.clone()),
-            Event::StageStarted { .. } | Event::Measured { .. } | Event::Noted { .. } => {}
+            Event::Measured { stage, name, value, .. } => {
+                telemetry::measured(&self.device, *stage, name, *value);
+            }
+            Event::StageStarted { .. } | Event::Noted { .. } => {}
         }
         if self.waiting.len() < MAX_WAITING || is_milestone(&event) {
             self.waiting.push(event);

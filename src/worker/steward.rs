@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::{Settings, StartError};
 use crate::service::db::{Database, Dead, Error, Signal, Tenant};
 use crate::service::store::{Store, epoch_prefix, upload_prefix};
+use crate::service::telemetry;
 
 const SWEEP_EVERY: Duration = Duration::from_mins(5);
 
@@ -157,6 +158,7 @@ impl Steward {
             return Ok(());
         }
         let dead = self.database.reap(Dead::Expired, self.settings.limits).await?;
+        telemetry::leases_reaped("expired", dead);
         if dead > 0 {
             tracing::warn!(dead, "leases had run out");
         }

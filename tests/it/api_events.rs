@@ -96,6 +96,13 @@ async fn a_page_of_events_goes_on_after_the_one_before() {
     assert_eq!(names, ["state_changed", "state_changed", "stage_started", "measured", "measured"]);
     assert_eq!(rest["data"][1]["step"], 2);
     assert_eq!(app.json(&format!("{path}?after=99")).await["data"], json!([]));
+    let some = app.json(&format!("{path}?event=stage_started&event=measured&limit=2")).await;
+    assert_eq!(
+        (&some["has_more"], &some["first_id"], &some["last_id"]),
+        (&json!(true), &json!("3"), &json!("4"))
+    );
+    assert_eq!(app.json(&format!("{path}?event=nothing")).await["data"], json!([]));
+    assert_eq!(app.json(&format!("/v1/jobs/{id}")).await["last_seq"], 5);
     for query in ["?limit=0", "?limit=1001", "?after=x", "?from=1"] {
         problem(app.get(&format!("{path}{query}")).send().await.unwrap(), 400, "invalid-query").await;
     }

@@ -130,6 +130,7 @@ async fn metrics_count_jobs_by_state_and_requests_by_route() {
         "secateur_jobs{state=\"running\"} 1",
         "secateur_jobs{state=\"failed\"} 0",
         "secateur_database_up 1",
+        "secateur_leases_reaped_total{cause=\"expired\"} 0",
     ] {
         assert!(text.lines().any(|l| l == line), "{line} in\n{text}");
     }
@@ -137,6 +138,7 @@ async fn metrics_count_jobs_by_state_and_requests_by_route() {
         |l: &&str| l.starts_with("secateur_http_requests_total") && l.contains("route=\"/v1/jobs\"");
     assert!(text.lines().any(|l| counted(&l) && l.contains("status=\"200\"")), "{text}");
     assert!(text.contains("secateur_http_request_duration_seconds_bucket"));
+    assert!(text.lines().any(|l| l.starts_with("secateur_queue_oldest_seconds ")), "{text}");
     assert!(!text.contains("nowhere"), "an unknown path is no label");
 }
 

@@ -35,6 +35,8 @@ mod choice;
 mod corpus;
 #[cfg(feature = "engine")]
 mod damage;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod dashboard;
 #[cfg(feature = "service")]
 mod db;
 #[cfg(feature = "engine")]

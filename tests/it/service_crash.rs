@@ -231,7 +231,7 @@ async fn a_job_whose_child_worker_and_service_are_killed_in_turn_ends_with_the_s
         assert_eq!(stage.reused, stage.stage < Stage::Heal, "{stage:?}");
     }
     log(&database, id).await;
-    let told = database.events_after(TENANT, id, 0, 100_000).await.unwrap();
+    let told = database.events_after(TENANT, id, 0, &[], 100_000).await.unwrap();
     let from_the_middle = |row: &EventRow| {
         row.attempt == 4
             && matches!(&row.body, Entry::Run(Event::Noted { message, .. }) if message.contains("goes on from"))

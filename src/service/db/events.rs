@@ -48,21 +48,26 @@ pub struct EventRow {
 }
 
 impl Database {
-    /// At most `limit` events of a job that come after number `seq`, oldest first.
+    /// At most `limit` events of a job that come after number `seq`, oldest first. `kinds`: those that are wanted,
+    /// by their word in `event`; all when there are none.
     pub async fn events_after(
         &self,
         tenant: Tenant,
         job: Uuid,
         seq: i64,
+        kinds: &[String],
         limit: u32,
     ) -> Result<Vec<EventRow>> {
         let rows = sqlx::query_as(
             "select seq, attempt, at, body from events
-             where tenant_id = $1 and job_id = $2 and seq > $3 order by seq limit $4",
+             where tenant_id = $1 and job_id = $2 and seq > $3
+               and (cardinality($4::text[]) = 0 or body->>'event' = any ($4))
+             order by seq limit $5",
         )
         .bind(tenant)
         .bind(job)
         .bind(seq)
+        .bind(kinds)
         .bind(i64::from(limit))
         .fetch_all(&self.pool)
         .await?;

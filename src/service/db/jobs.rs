@@ -185,6 +185,16 @@ impl Database {
         Ok(sqlx::query_as("select state, count(*) from jobs group by state").fetch_all(&self.pool).await?)
     }
 
+    /// Since when the job that waits longest could have run, over all tenants: for the metrics.
+    pub async fn oldest_waiting(&self) -> Result<Option<OffsetDateTime>> {
+        let since = sqlx::query_scalar(
+            "select min(greatest(run_after, created_at)) from jobs where state = 'queued' and run_after <= now()",
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(since)
+    }
+
     /// How many waiting jobs of the tenant go before this one. `None` when it does not wait.
     pub async fn jobs_ahead(&self, tenant: Tenant, id: Uuid) -> Result<Option<i64>> {
         let ahead = sqlx::query_scalar(

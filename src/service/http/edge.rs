@@ -11,6 +11,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::problem::{Code, Problem};
+use crate::service::telemetry;
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -27,7 +28,7 @@ pub async fn edge(request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let method = request.method().clone();
-    let span = tracing::info_span!("request", %method, route, request_id = id);
+    let span = tracing::info_span!("request", %method, %route, request_id = id);
     let started = Instant::now();
     let mut response = next.run(request).instrument(span.clone()).await;
     if response.status().is_client_error() || response.status().is_server_error() {
@@ -37,9 +38,7 @@ pub async fn edge(request: Request, next: Next) -> Response {
     span.in_scope(|| {
         tracing::info!(status = status.as_u16(), duration_ms = took.as_millis() as u64, "answered");
     });
-    let labels = [("method", method.to_string()), ("route", route), ("status", status.as_u16().to_string())];
-    metrics::counter!("secateur_http_requests_total", &labels).increment(1);
-    metrics::histogram!("secateur_http_request_duration_seconds", &labels[..2]).record(took.as_secs_f64());
+    telemetry::answered(method.as_str(), &route, status.as_u16(), took);
     finish(response.headers_mut(), &id);
     response
 }

@@ -51,6 +51,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         ("id" = Uuid, Path),
         ("after" = Option<i64>, Query, description = "Only events after this `seq`; 0 if not given"),
         ("limit" = Option<u32>, Query, description = "Events per page, 1 to 1000; 100 if not given. A stream has no pages"),
+        ("event" = Option<Vec<String>>, Query, description = "Only events of this kind, such as `state_changed`; may be repeated"),
         ("Last-Event-ID" = Option<i64>, Header, description = "For a stream, like `after`"),
     ),
     responses(
@@ -69,12 +70,13 @@ async fn events(
     Pairs(query): Pairs,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let (mut after, mut size) = (0, DEFAULT_PAGE);
+    let (mut after, mut size, mut kinds) = (0, DEFAULT_PAGE, Vec::new());
     for (name, value) in query {
         match name.as_str() {
             "after" => after = parameter("after", &value)?,
             "limit" => size = limit(&value, MAX_PAGE)?,
-            _ => return Err(Pairs::unknown(&name, "after, limit")),
+            "event" => kinds.push(value),
+            _ => return Err(Pairs::unknown(&name, "after, limit, event")),
         }
     }
     let job = job_row(&state.database, tenant, id).await?;
@@ -82,9 +84,9 @@ async fn events(
         if let Some(last) = headers.get("last-event-id").and_then(|v| v.to_str().ok()) {
             after = parameter("Last-Event-ID", last)?;
         }
-        return Ok(stream(state, job, after).into_response());
+        return Ok(stream(state, job, after, kinds).into_response());
     }
-    let mut rows = state.database.events_after(tenant, id, after, size + 1).await?;
+    let mut rows = state.database.events_after(tenant, id, after, &kinds, size + 1).await?;
     let has_more = rows.len() > size as usize;
     rows.truncate(size as usize);
     Ok(Json(Page::new(rows, has_more, |row| row.seq.to_string())).into_response())
@@ -94,12 +96,13 @@ fn stream(
     state: AppState,
     job: JobRow,
     after: i64,
+    kinds: Vec<String>,
 ) -> Sse<impl futures_util::Stream<Item = Result<sse::Event, Infallible>>> {
     let (to, from) = mpsc::channel(AHEAD);
     // Listening starts before the first look, so nothing falls between.
     let signals = state.database.signals();
     let shutdown = state.shutdown.clone();
-    let follower = Follower { state, tenant: job.tenant, id: job.id, seq: after, progress: None, to };
+    let follower = Follower { state, tenant: job.tenant, id: job.id, seq: after, kinds, progress: None, to };
     tokio::spawn(async move {
         tokio::select! {
             // axum waits for open streams at shutdown (axum #2673): they end here.
@@ -117,6 +120,8 @@ struct Follower {
     id: Uuid,
     /// Number of the last event told.
     seq: i64,
+    /// Those that the reader wants; all when there are none.
+    kinds: Vec<String>,
     progress: Option<JobProgress>,
     to: Sender<Result<sse::Event, Infallible>>,
 }
@@ -151,7 +156,11 @@ impl Follower {
             return Ok(self.end().await);
         };
         loop {
-            let rows = self.state.database.events_after(self.tenant, self.id, self.seq, MAX_PAGE).await?;
+            let rows = self
+                .state
+                .database
+                .events_after(self.tenant, self.id, self.seq, &self.kinds, MAX_PAGE)
+                .await?;
             let more = rows.len() == MAX_PAGE as usize;
             for row in rows {
                 self.seq = row.seq;

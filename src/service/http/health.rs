@@ -1,38 +1,21 @@
 //! How the service is: for load balancers and for Prometheus.
 
-use std::fmt::Write;
-use std::sync::LazyLock;
-
+use axum::Router;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use axum::routing::get;
+use time::OffsetDateTime;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use super::AppState;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::state::JobState;
+use crate::service::db::{self, Database};
+use crate::service::telemetry::{self, write_gauge};
 
-/// Seconds; the last bound is the answer timeout.
-const REQUEST_BUCKETS: [f64; 11] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0];
-const STAGE_BUCKETS: [f64; 10] =
-    [1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 10_800.0, 43_200.0, 86_400.0, 259_200.0];
-
-/// One recorder for the process: the `metrics` crate allows no second.
-static RECORDER: LazyLock<Option<PrometheusHandle>> = LazyLock::new(|| {
-    let builder = PrometheusBuilder::new()
-        .set_buckets_for_metric(Matcher::Suffix("request_duration_seconds".into()), &REQUEST_BUCKETS)
-        .and_then(|b| {
-            b.set_buckets_for_metric(Matcher::Suffix("stage_duration_seconds".into()), &STAGE_BUCKETS)
-        })
-        .expect("the buckets are not empty. This is a bug.");
-    let handle = builder.install_recorder();
-    handle.inspect_err(|error| tracing::error!(%error, "no metrics")).ok()
-});
-
-/// From here on what is counted is kept.
-pub fn start_recording() {
-    LazyLock::force(&RECORDER);
-}
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The process lives.
 #[utoipa::path(get, path = "/livez", tag = "health", responses((status = 200, description = "It lives", body = String)))]
@@ -56,26 +39,56 @@ pub async fn ready(State(state): State<AppState>) -> Result<&'static str, Proble
     Ok("ready\n")
 }
 
+/// Serves what this process counts, and nothing else, until `shutdown`: for a worker, which has no API.
+///
+/// # Errors
+/// When the listener fails.
+pub async fn serve_metrics(listener: TcpListener, shutdown: CancellationToken) -> std::io::Result<()> {
+    let counted = || async { ([(header::CONTENT_TYPE, TEXT)], telemetry::render()) };
+    let routes = Router::new().route("/metrics", get(counted)).route("/livez", get(live));
+    axum::serve(listener, routes).with_graceful_shutdown(shutdown.cancelled_owned()).await
+}
+
 /// Metrics in the Prometheus text format.
 #[utoipa::path(
     get, path = "/metrics", tag = "health",
     responses((status = 200, description = "Metrics", body = String, content_type = "text/plain; version=0.0.4"))
 )]
 pub async fn metrics(State(state): State<AppState>) -> impl IntoResponse {
-    let mut text = RECORDER.as_ref().map(PrometheusHandle::render).unwrap_or_default();
-    let counted = state.database.job_counts().await;
-    let _ = writeln!(
-        text,
-        "# TYPE secateur_database_up gauge\nsecateur_database_up {}",
-        u8::from(counted.is_ok())
-    );
+    let mut text = telemetry::render();
     // What the database knows is asked for now: every instance tells the same.
-    if let Ok(counts) = counted {
-        text.push_str("# TYPE secateur_jobs gauge\n");
-        for state in JobState::ALL {
-            let count = counts.iter().find(|(s, _)| *s == state).map_or(0, |(_, n)| *n);
-            let _ = writeln!(text, "secateur_jobs{{state=\"{state}\"}} {count}");
+    let known = known(&state.database).await;
+    let up = f64::from(u8::from(known.is_ok()));
+    write_gauge(&mut text, "secateur_database_up", "1 when the database answers", &[(String::new(), up)]);
+    text.push_str(&known.unwrap_or_default());
+    ([(header::CONTENT_TYPE, TEXT)], text)
+}
+
+/// The gauges that the database tells.
+async fn known(database: &Database) -> db::Result<String> {
+    let mut text = String::new();
+    let counts = database.job_counts().await?;
+    let count = |state| counts.iter().find(|(s, _)| *s == state).map_or(0, |(_, n)| *n) as f64;
+    let jobs = JobState::ALL.map(|state| (format!("{{state=\"{state}\"}}"), count(state)));
+    write_gauge(&mut text, "secateur_jobs", "Jobs by their state", &jobs);
+    let oldest = database.oldest_waiting().await?;
+    let waits = oldest.map_or(0.0, |since| (OffsetDateTime::now_utc() - since).as_seconds_f64().max(0.0));
+    let help = "How long the job that waits longest could have run; 0 when none waits";
+    write_gauge(&mut text, "secateur_queue_oldest_seconds", help, &[(String::new(), waits)]);
+    let mut workers = std::collections::BTreeMap::<(String, bool), f64>::new();
+    for worker in database.workers().await? {
+        // Devices of one kind are many, their kinds few.
+        let kind = worker.device.split(':').next().unwrap_or_default().to_owned();
+        for busy in [true, false] {
+            *workers.entry((kind.clone(), busy)).or_default() +=
+                f64::from(u8::from(worker.job_id.is_some() == busy));
         }
     }
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+    let row = |((kind, busy), count): (&(String, bool), &f64)| {
+        let state = if *busy { "busy" } else { "idle" };
+        (format!("{{device=\"{}\",state=\"{state}\"}}", kind.escape_default()), *count)
+    };
+    let workers: Vec<_> = workers.iter().map(row).collect();
+    write_gauge(&mut text, "secateur_workers", "Workers heard of within five minutes", &workers);
+    Ok(text)
 }

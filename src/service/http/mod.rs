@@ -10,9 +10,11 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::service::db::Database;
 use crate::service::store::Store;
+use crate::service::telemetry;
 
 pub use admission::Roots;
 pub use auth::{ApiKey, may_bind};
+pub use health::serve_metrics;
 pub use openapi::document;
 
 mod admission;
@@ -54,7 +56,7 @@ pub struct AppState {
 
 /// Every route and what stands before them.
 pub fn router(state: AppState) -> Router {
-    health::start_recording();
+    telemetry::start_recording();
     let (routes, document) = openapi::routes().split_for_parts();
     let document = openapi::finish(document);
     routes

@@ -9,7 +9,9 @@ import * as results from "./results.js";
 import { ago, called, clock, duration, moment, took } from "./words.js";
 
 const ENDED = ["succeeded", "failed", "cancelled"];
-const LAST_EVENTS = 200;
+// What the log shows; measured values go to the charts.
+const TOLD = ["state_changed", "wish_noted", "stage_started", "stage_finished", "noted", "failed"];
+const MOST_EVENTS = 1000;
 
 class Shown {
   constructor(place, id) {
@@ -26,10 +28,10 @@ class Shown {
   async begin() {
     const { signal } = this.place;
     this.job = await get(this.at, { signal });
-    const from = Math.max(0, this.job.last_seq - LAST_EVENTS);
+    const last = this.job.last_seq;
     const [series, told] = await Promise.all([
       get(`${this.at}/metrics`, { signal }),
-      get(`${this.at}/events?after=${from}&limit=${LAST_EVENTS}`, { signal }),
+      get(`${this.at}/events?limit=${MOST_EVENTS}&${TOLD.map((kind) => `event=${kind}`).join("&")}`, { signal }),
     ]);
     for (const { stage, key, points } of series.data) {
       for (const { step, value } of points) this.charts.add(stage, key, step, value);
@@ -38,13 +40,12 @@ class Shown {
     await this.results();
     this.draw();
     if (ENDED.includes(this.job.state)) return;
-    const last = told.last_id ?? from;
     follow(`${this.at}/events`, last, signal, (name, event) => this.hear(name, event)).catch(this.place.fail);
   }
 
   note(event) {
     if (event.event === "measured") this.charts.add(event.stage, event.name, event.step, event.value);
-    else if (event.event !== "advanced") this.events.push(event);
+    else if (TOLD.includes(event.event) && !(event.seq <= this.events.at(-1)?.seq)) this.events.push(event);
   }
 
   hear(name, event) {

@@ -140,4 +140,5 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();
 });
+main.textContent = "";
 open(false);

@@ -58,8 +58,8 @@ function scores({ eval: scored }) {
     ["Decode, tokens per second", of((s) => (s.speed ? number(Math.round(s.speed.decode_tokens_per_s)) : "–"))],
     ["Peak memory", of((s) => bytes(s.peak_memory_bytes))],
   ].filter(([, values]) => values.some((value) => value !== "–"));
-  return html`<section class="card"><h2>${columns.join(", ")}</h2><div class="scroll" tabindex="0" role="region" aria-label="Scores">
-    <table class="scores"><thead><tr><th scope="col">Measured</th>${columns.map((c) => html`<th scope="col">${c}</th>`)}</tr></thead>
+  return html`<section class="card"><h2>What was measured</h2><div class="scroll" tabindex="0" role="region" aria-label="Scores">
+    <table class="scores"><thead><tr><th scope="col"><span class="sr">Measured</span></th>${columns.map((c) => html`<th scope="col">${c}</th>`)}</tr></thead>
     <tbody>${rows.map(([name, values]) => html`<tr><th scope="row">${name}</th>${values.map((v) => html`<td>${v}</td>`)}</tr>`)}</tbody>
     </table></div></section>`;
 }

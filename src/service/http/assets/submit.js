@@ -59,9 +59,9 @@ export function specOf(v) {
 
 // Which field of the form a JSON pointer speaks of.
 const PLACES = [
-  [/^\/model/, "model"], [/^\/calibration\/corpus/, "calibration"], [/^\/calibration\/samples/, "samples"],
+  [/^\/model/, "model.from"], [/^\/calibration\/corpus/, "calibration.from"], [/^\/calibration\/samples/, "samples"],
   [/^\/calibration\/seq_len/, "seq_len"], [/^\/prune\/strategy/, "strategy"], [/^\/prune/, "amount"],
-  [/^\/heal\/0\/corpus/, "heal.from"], [/^\/heal\/0\/steps/, "steps"], [/^\/heal/, "heal"], [/^\/eval/, "eval"],
+  [/^\/heal\/0\/corpus/, "heal.from"], [/^\/heal\/0\/steps/, "steps"], [/^\/heal/, "heal"], [/^\/eval/, "eval.from"],
   [/^\/name/, "name"], [/^\/seed/, "seed"],
 ];
 
@@ -182,7 +182,7 @@ function select(form, name, options) {
 }
 
 // Where a model or a text comes from.
-function source(form, prefix, label, kinds, own = "") {
+function source(form, prefix, label, kinds, { own = "", more = "" } = {}) {
   const from = `${prefix}.from`;
   const options = Object.entries(kinds).map(([value, [text]]) => [value, value === "model" && own ? own : text]);
   const [, fields] = kinds[form.values[from]];
@@ -191,25 +191,26 @@ function source(form, prefix, label, kinds, own = "") {
         <input id="${prefix}.file" type="file" @change=${(e) => form.bring(prefix, e.target.files[0])}></div>`
     : fields.map(([name, text, example]) => html`<div class="field"><label for="${prefix}.${name}">${text}</label>
         ${input(form, `${prefix}.${name}`, { placeholder: example, required: name !== "revision" })}</div>`);
-  return html`<fieldset><legend>${label}</legend>${field(form, prefix, "From", select(form, from, options))}${extra}</fieldset>`;
+  return html`<fieldset><legend>${label}</legend>${field(form, from, "From", select(form, from, options))}${extra}${more}</fieldset>`;
 }
 
 function fields(form) {
   const amount = form.values.amount === "fraction"
     ? input(form, "fraction", { type: "number", min: 0.01, max: 0.9, step: 0.01 })
     : input(form, "layers", { type: "number", min: 1, step: 1 });
+  const windows = html`<div class="pair">
+    ${field(form, "samples", "Windows", input(form, "samples", { type: "number", min: 1, step: 1, placeholder: "128" }))}
+    ${field(form, "seq_len", "Tokens per window", input(form, "seq_len", { type: "number", min: 8, step: 1, placeholder: "512" }))}</div>`;
   return html`${field(form, "name", "Name (for people)", input(form, "name", { placeholder: "smol, a fifth less" }))}
     ${source(form, "model", "Model", SOURCES)}
     <fieldset><legend>Cut</legend><div class="pair">${field(form, "amount", "How much", html`${select(form, "amount", [["fraction", "share of the layers"], ["layers", "number of layers"]])}`)}
       <div class="field"><label for=${form.values.amount}>${form.values.amount === "fraction" ? "Share, 0 to 1" : "Layers"}</label>${amount}</div></div>
       ${field(form, "strategy", "Which layers", select(form, "strategy", STRATEGIES))}</fieldset>
-    ${source(form, "calibration", "Text to measure layers on", TEXTS)}
-    <div class="pair">${field(form, "samples", "Windows", input(form, "samples", { type: "number", min: 1, step: 1, placeholder: "128" }))}
-      ${field(form, "seq_len", "Tokens per window", input(form, "seq_len", { type: "number", min: 8, step: 1, placeholder: "512" }))}</div>
+    ${source(form, "calibration", "Text to measure layers on", TEXTS, { more: windows })}
     <fieldset><legend>Heal</legend>${field(form, "heal", "Method", select(form, "heal", HEALS))}
       ${form.values.heal === "qlora" ? field(form, "steps", "Optimizer steps", input(form, "steps", { type: "number", min: 1, step: 1, placeholder: "from the preset" })) : ""}</fieldset>
     ${form.values.heal ? source(form, "heal", "Text to heal on", TEXTS) : ""}
-    ${source(form, "eval", "Text to judge by", TEXTS, "none of mine")}
+    ${source(form, "eval", "Text to judge by", TEXTS, { own: "none of mine" })}
     ${field(form, "seed", "Seed", input(form, "seed", { type: "number", min: 0, step: 1 }), "Same seed, same bytes.")}`;
 }
 

@@ -40,7 +40,8 @@ export const moment = (time) => new Date(time).toLocaleString();
 
 export function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
-  return Number.isInteger(value) ? value.toLocaleString() : Number(value).toPrecision(digits);
+  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(Math.min(digits, 3) - 1);
+  return Number.isInteger(value) ? value.toLocaleString() : value.toLocaleString(undefined, { maximumSignificantDigits: digits });
 }
 
 export const percent = (share, digits = 1) => `${(share * 100).toFixed(digits)} %`;
