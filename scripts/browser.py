@@ -98,7 +98,8 @@ class Browser:
         """Waits until an expression holds, and gives its value."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            value = self.run(script)
+            # While a page loads there may be no body yet.
+            value = self.run(f"document.body && ({script})")
             if value:
                 return value
             time.sleep(0.1)
