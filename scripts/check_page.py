@@ -77,7 +77,7 @@ class Walk:
         for look, width, dark in [("light", 1280, False), ("dark", 1280, True), ("phone", 375, False)]:
             browser.look(width, 900, dark)
             time.sleep(0.3)
-            over = browser.run("document.documentElement.scrollWidth - innerWidth")
+            over = browser.run("document.documentElement.scrollWidth") - width
             if over > 0:
                 self.faults.append(f"{name} ({look}) is {over} pixels too wide")
             if self.axe:
@@ -100,7 +100,7 @@ def first_job(walk, url, model, text):
     walk.look("form")
     b.click_text("Submit the job")
     b.until("document.querySelector('#problems').innerText.includes('/model')")
-    assert b.run("document.querySelector('[id=\"model.from-wrong\"]').innerText.length") > 0, "the field says nothing"
+    assert b.run("document.querySelector('[id=\"model.path-wrong\"]').innerText.length") > 0, "the field says nothing"
     walk.look("refused")
     b.type("[id='model.path']", model)
     b.type("#name", "with the mouse")

@@ -58,12 +58,18 @@ export function specOf(v) {
 }
 
 // Which field of the form a JSON pointer speaks of.
+const SOURCE = /^\/(model|calibration\/corpus|heal\/0\/corpus|eval\/perplexity\/0)(?:\/(\w+))?$/;
+const PREFIXES = { model: "model", "calibration/corpus": "calibration", "heal/0/corpus": "heal", "eval/perplexity/0": "eval" };
 const PLACES = [
-  [/^\/model/, "model.from"], [/^\/calibration\/corpus/, "calibration.from"], [/^\/calibration\/samples/, "samples"],
-  [/^\/calibration\/seq_len/, "seq_len"], [/^\/prune\/strategy/, "strategy"], [/^\/prune/, "amount"],
-  [/^\/heal\/0\/corpus/, "heal.from"], [/^\/heal\/0\/steps/, "steps"], [/^\/heal/, "heal"], [/^\/eval/, "eval.from"],
-  [/^\/name/, "name"], [/^\/seed/, "seed"],
+  [/^\/calibration\/samples/, "samples"], [/^\/calibration\/seq_len/, "seq_len"], [/^\/prune\/strategy/, "strategy"],
+  [/^\/prune/, "amount"], [/^\/heal\/0\/steps/, "steps"], [/^\/heal/, "heal"], [/^\/name/, "name"], [/^\/seed/, "seed"],
 ];
+
+function placeOf(pointer) {
+  const found = SOURCE.exec(pointer);
+  if (found) return `${PREFIXES[found[1]]}.${{ undefined: "from", upload_id: "file" }[found[2]] ?? found[2]}`;
+  return PLACES.find(([at]) => at.test(pointer))?.[1];
+}
 
 class Form {
   constructor(place) {
@@ -159,14 +165,14 @@ class Form {
   }
 }
 
-const errorsAt = (form, field) => form.errors.filter((e) => PLACES.find(([at]) => at.test(e.pointer))?.[1] === field);
+const errorsAt = (form, field) => form.errors.filter((e) => placeOf(e.pointer) === field);
 
 // A labelled input and what is wrong with it.
 function field(form, name, label, input, hint = "") {
   const wrong = form.text === null ? errorsAt(form, name) : [];
   return html`<div class="field"><label for=${name}>${label}</label>${input}
     ${hint ? html`<span class="quiet">${hint}</span>` : ""}
-    <span class="bad" id="${name}-wrong">${wrong.map((e) => html`${e.pointer}: ${e.message}<br>`)}</span></div>`;
+    <span class="bad" id="${name}-wrong">${wrong.map((e) => html`${e.message}<br>`)}</span></div>`;
 }
 
 function input(form, name, { type = "text", placeholder = "", min, max, step, required } = {}) {
@@ -187,10 +193,10 @@ function source(form, prefix, label, kinds, { own = "", more = "" } = {}) {
   const options = Object.entries(kinds).map(([value, [text]]) => [value, value === "model" && own ? own : text]);
   const [, fields] = kinds[form.values[from]];
   const extra = form.values[from] === "upload"
-    ? html`<div class="field"><label for="${prefix}.file">File (.txt, .jsonl, .parquet)</label>
-        <input id="${prefix}.file" type="file" @change=${(e) => form.bring(prefix, e.target.files[0])}></div>`
-    : fields.map(([name, text, example]) => html`<div class="field"><label for="${prefix}.${name}">${text}</label>
-        ${input(form, `${prefix}.${name}`, { placeholder: example, required: name !== "revision" })}</div>`);
+    ? field(form, `${prefix}.file`, "File (.txt, .jsonl, .parquet)",
+        html`<input id="${prefix}.file" type="file" @change=${(e) => form.bring(prefix, e.target.files[0])}>`)
+    : fields.map(([name, text, example]) => field(form, `${prefix}.${name}`, text,
+        input(form, `${prefix}.${name}`, { placeholder: example, required: name !== "revision" })));
   return html`<fieldset><legend>${label}</legend>${field(form, from, "From", select(form, from, options))}${extra}${more}</fieldset>`;
 }
 
