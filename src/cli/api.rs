@@ -33,7 +33,7 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
     let data = args.data.directory()?;
     let database = options::connect(args.database.required()?).await?;
     database.migrate().await?;
-    let door = args.serve.open(&database).await?;
+    let door = args.serve.open(&data, &database).await?;
     let store = Store::open(data.join("store")).context("cannot open the store")?;
     let background = CancellationToken::new();
     let mut tasks = JoinSet::new();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use base64::Engine;
 use clap::ValueEnum;
 use sqlx::postgres::PgConnectOptions;
 use tokio::signal::unix::{SignalKind, signal};
@@ -13,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::service::db::Database;
 use crate::service::http::ApiKey;
 use crate::service::local_pg::LocalPg;
+use crate::service::sinks::{self, Mlflow, Reach};
 use crate::worker::{Settings, Shutdown};
 
 /// A request or a worker waits at most this long for a connection.
@@ -124,6 +126,45 @@ impl KeyArgs {
         let key = text.trim().parse().map_err(|e| anyhow::anyhow!("{from}: {e}"))?;
         Ok(Some(Arc::new(key)))
     }
+}
+
+#[derive(clap::Args)]
+pub struct SinkArgs {
+    /// Webhooks may go to this machine and private networks, at any port, without TLS.
+    #[arg(long, env = "SECATEUR_WEBHOOKS_INSIDE")]
+    webhooks_inside: bool,
+    /// An MLflow server that gets a run for each job, such as `http://127.0.0.1:5000`; MLFLOW_TRACKING_TOKEN, or
+    /// MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, open it.
+    #[arg(long, env = "SECATEUR_MLFLOW_URL", value_name = "URL")]
+    mlflow_url: Option<String>,
+    /// The experiment whose runs they are.
+    #[arg(long, env = "SECATEUR_MLFLOW_EXPERIMENT", default_value = "secateur", value_name = "NAME")]
+    mlflow_experiment: String,
+    /// Multiplies the waits before another try to deliver.
+    #[arg(long, hide = true, env = "SECATEUR_SINK_PATIENCE", default_value_t = 1.0)]
+    sink_patience: f64,
+}
+
+impl SinkArgs {
+    pub fn settings(&self) -> anyhow::Result<sinks::Settings> {
+        let reach = if self.webhooks_inside { Reach::Private } else { Reach::Public };
+        let mlflow = self.mlflow_url.as_ref().map(|url| {
+            Reach::Private.check(url).map_err(|e| anyhow::anyhow!("--mlflow-url {e}"))?;
+            let (url, experiment) = (url.clone(), self.mlflow_experiment.clone());
+            anyhow::Ok(Mlflow { url, experiment, authorization: mlflow_authorization() })
+        });
+        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), mlflow: mlflow.transpose()? })
+    }
+}
+
+/// By the variables that MLflow's own clients read.
+fn mlflow_authorization() -> Option<String> {
+    let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if let Some(token) = set("MLFLOW_TRACKING_TOKEN") {
+        return Some(format!("Bearer {token}"));
+    }
+    let (name, word) = (set("MLFLOW_TRACKING_USERNAME")?, set("MLFLOW_TRACKING_PASSWORD")?);
+    Some(format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{name}:{word}"))))
 }
 
 #[derive(clap::Args)]

@@ -1,7 +1,7 @@
 //! `secateur up`: everything in one process tree.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,10 +11,12 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::options::{self, DataArgs, DatabaseArgs, KeyArgs, LogArgs, WorkArgs};
+use super::options::{self, DataArgs, DatabaseArgs, KeyArgs, LogArgs, SinkArgs, WorkArgs};
 use crate::service::db::{Database, Tenant};
 use crate::service::http::{self, AppState, Roots};
 use crate::service::local_pg::LocalPg;
+use crate::service::seal::Seal;
+use crate::service::sinks::{self, Drain};
 use crate::service::store::Store;
 use crate::worker::{self, Shutdown};
 
@@ -45,6 +47,8 @@ pub struct ServeArgs {
     roots: Vec<PathBuf>,
     #[command(flatten)]
     key: KeyArgs,
+    #[command(flatten)]
+    sinks: SinkArgs,
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
@@ -73,14 +77,14 @@ async fn up(args: &Args) -> anyhow::Result<()> {
 
 async fn work_and_serve(
     args: &Args,
-    data: &std::path::Path,
+    data: &Path,
     address: sqlx::postgres::PgConnectOptions,
     postgres: Option<Arc<LocalPg>>,
     shutdown: &Shutdown,
 ) -> anyhow::Result<()> {
     let database = options::connect(address).await?;
     database.migrate().await?;
-    let door = args.serve.open(&database).await?;
+    let door = args.serve.open(data, &database).await?;
     let store = Store::open(data.join("store")).context("cannot open the store")?;
     let settings = args.work.settings(data)?;
     let devices = args.work.devices.clone();
@@ -122,13 +126,17 @@ pub async fn all(mut tasks: JoinSet<anyhow::Result<()>>, shutdown: &Shutdown) ->
 /// The API's place, allowed and taken.
 pub struct Door {
     listener: TcpListener,
+    seal: Seal,
+    sinks: sinks::Settings,
     roots: Roots,
     locked: bool,
 }
 
 impl ServeArgs {
     /// Takes the address, if it may be taken.
-    pub async fn open(&self, database: &Database) -> anyhow::Result<Door> {
+    pub async fn open(&self, data: &Path, database: &Database) -> anyhow::Result<Door> {
+        let seal =
+            Seal::open(&data.join("secret.key")).context("cannot use secret.key of the data directory")?;
         let roots = Roots::new(&self.roots).map_err(anyhow::Error::msg)?;
         if let Some(key) = self.key.key()? {
             database.key_put(&key.row(Tenant::DEFAULT, "given at the start")).await?;
@@ -137,7 +145,7 @@ impl ServeArgs {
         http::may_bind(self.bind, locked).map_err(anyhow::Error::msg)?;
         let listener = TcpListener::bind(self.bind).await;
         let listener = listener.with_context(|| format!("cannot listen on {}", self.bind))?;
-        Ok(Door { listener, roots, locked })
+        Ok(Door { listener, seal, sinks: self.sinks.settings()?, roots, locked })
     }
 }
 
@@ -151,8 +159,12 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let listening = database.clone();
     tokio::spawn(async move { listening.listen(background).await });
-    let Door { listener, roots, locked } = door;
-    let state = AppState { database, store, roots, locked, shutdown: shutdown.drain };
+    let Door { listener, seal, sinks, roots, locked } = door;
+    let reach = sinks.reach;
+    let (told, files) = (database.clone(), store.clone());
+    let drain = Drain { database: told, store: files, seal: seal.clone(), settings: sinks };
+    tokio::spawn(drain.serve(shutdown.drain.clone()));
+    let state = AppState { database, store, seal, reach, roots, locked, shutdown: shutdown.drain };
     let address = listener.local_addr()?;
     println!("listening on http://{address}");
     tracing::info!(%address, "ready");

@@ -58,6 +58,8 @@ mod leases;
 mod local_pg;
 #[cfg(feature = "engine")]
 mod memory;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod monitoring;
 #[cfg(feature = "service")]
 mod openapi;
 #[cfg(feature = "engine")]
@@ -87,6 +89,8 @@ mod tidy;
 mod tiny;
 #[cfg(feature = "engine")]
 mod verdict;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod webhooks;
 #[cfg(feature = "service")]
 mod worker;
 #[cfg(feature = "engine")]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// A room and what it may import of ours; the longest matching room counts.
 /// Itself it may always import. A name stands for all that lies below it.
-const ROOMS: [(&str, &[&str]); 17] = [
+const ROOMS: [(&str, &[&str]); 19] = [
     ("job", &[]),
     ("report", &["job"]),
     ("checkpoint", &["job"]),
@@ -31,10 +31,23 @@ const ROOMS: [(&str, &[&str]); 17] = [
     ("engine::model::kernel", &[]),
     ("service", &["job"]),
     ("service::db", &["job"]),
-    ("service::http", &["job", "checkpoint", "report", "service::db", "service::store", "service::telemetry"]),
+    (
+        "service::http",
+        &[
+            "job",
+            "checkpoint",
+            "service::db",
+            "service::store",
+            "service::telemetry",
+            "service::seal",
+            "service::sinks",
+        ],
+    ),
     ("service::local_pg", &[]),
     ("service::store", &["job"]),
     ("service::telemetry", &["job"]),
+    ("service::seal", &[]),
+    ("service::sinks", &["job", "service::db", "service::store", "service::telemetry", "service::seal"]),
     ("worker", &["job", "fetch", "service"]),
     ("cli", &["job", "checkpoint", "report", "fetch", "engine", "service", "worker"]),
 ];

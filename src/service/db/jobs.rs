@@ -8,7 +8,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Database, Entry, JobEvent, Progress, Result, Tenant, events, signals};
+use super::{Database, Entry, JobEvent, Progress, Result, Tenant, events, outbox, signals};
 use crate::job::plan::Plan;
 use crate::job::report::Failure;
 use crate::job::spec::JobSpec;
@@ -348,7 +348,8 @@ pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job:
     .bind(job.plan.as_ref().map(Json))
     .execute(&mut *tx)
     .await?;
-    tell_state(tx, id, JobState::Queued, None).await?;
+    let row = lock(tx, tenant, id).await?.ok_or(sqlx::Error::RowNotFound)?;
+    tell_state(tx, &row, None).await?;
     Ok(lock(tx, tenant, id).await?.ok_or(sqlx::Error::RowNotFound)?)
 }
 
@@ -383,12 +384,15 @@ pub(super) async fn write_state(tx: &mut PgConnection, job: &JobRow, reason: Opt
     .bind(job.failure.as_ref().map(Json))
     .execute(&mut *tx)
     .await?;
-    tell_state(tx, job.id, job.state, reason).await
+    tell_state(tx, job, reason).await
 }
 
-async fn tell_state(tx: &mut PgConnection, id: Uuid, state: JobState, reason: Option<String>) -> Result<()> {
-    events::append(tx, id, &[Entry::Job(JobEvent::StateChanged { state, reason })]).await?;
-    if state == JobState::Queued {
+/// Tells of a job's new state: in its events, to workers, and to whoever else wants to hear.
+async fn tell_state(tx: &mut PgConnection, job: &JobRow, reason: Option<String>) -> Result<()> {
+    outbox::tell(tx, job, reason.as_deref()).await?;
+    let changed = JobEvent::StateChanged { state: job.state, reason };
+    events::append(tx, job.id, &[Entry::Job(changed)]).await?;
+    if job.state == JobState::Queued {
         signals::notify(tx, signals::QUEUED, "").await?;
     }
     Ok(())

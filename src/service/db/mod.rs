@@ -5,10 +5,12 @@
 //! needs both a lease and its job locks the lease first.
 
 mod artifacts;
+mod endpoints;
 mod events;
 mod jobs;
 mod keys;
 mod leases;
+mod outbox;
 mod requests;
 mod signals;
 mod stages;
@@ -27,10 +29,12 @@ use crate::job::progress::Stage;
 use crate::job::state::{IllegalChange, JobState, Wish};
 
 pub use artifacts::{ArtifactRow, NewArtifact};
+pub use endpoints::EndpointRow;
 pub use events::{Entry, EventRow, JobEvent};
 pub use jobs::{Cursor, Deletion, JobFilter, JobPage, JobRow, NewJob};
 pub use keys::{ApiKeyRow, NewApiKey};
 pub use leases::{Dead, Lease, Limits, Progress, Renewal};
+pub use outbox::{Backlog, DeliveryRow, Message, MessageRow, Tried, body as message_body};
 pub use requests::{Inserted, Once};
 pub use signals::Signal;
 pub use stages::{StageRow, StageState};

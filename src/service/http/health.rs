@@ -90,5 +90,13 @@ async fn known(database: &Database) -> db::Result<String> {
     };
     let workers: Vec<_> = workers.iter().map(row).collect();
     write_gauge(&mut text, "secateur_workers", "Workers heard of within five minutes", &workers);
+    let backlog = database.backlog().await?;
+    let rows = |value: fn(&db::Backlog) -> f64| -> Vec<_> {
+        backlog.iter().map(|b| (format!("{{sink=\"{}\"}}", b.sink.escape_default()), value(b))).collect()
+    };
+    let (pending, oldest) = (rows(|b| b.pending as f64), rows(|b| b.oldest_seconds));
+    write_gauge(&mut text, "secateur_outbox_pending", "Messages that wait for a sink", &pending);
+    let help = "Age of the oldest message that waits for a sink; 0 when none waits";
+    write_gauge(&mut text, "secateur_outbox_oldest_seconds", help, &oldest);
     Ok(text)
 }

@@ -9,6 +9,8 @@ use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::service::db::Database;
+use crate::service::seal::Seal;
+use crate::service::sinks::Reach;
 use crate::service::store::Store;
 use crate::service::telemetry;
 
@@ -39,6 +41,7 @@ mod range;
 mod results;
 mod sweeps;
 mod uploads;
+mod webhooks;
 mod workers;
 
 /// What every request can reach.
@@ -48,6 +51,10 @@ pub struct AppState {
     pub store: Store,
     /// Where models and corpora of jobs may lie.
     pub roots: Roots,
+    /// Seals secrets that must be read again.
+    pub seal: Seal,
+    /// Where receivers of messages may be.
+    pub reach: Reach,
     /// A key of the database opens the API; otherwise only this machine may call.
     pub locked: bool,
     /// Cancelled when the service begins to shut down.

@@ -12,6 +12,7 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::{
     AppState, artifacts, bundle, create, events, health, hub, jobs, models, plans, results, sweeps, uploads,
+    webhooks,
     workers,
 };
 use crate::job::shape::Shapes;
@@ -34,6 +35,7 @@ use crate::job::sweep::SweepSpec;
         (name = "sweeps", description = "Many jobs at once, side by side"),
         (name = "uploads", description = "Texts that you bring"),
         (name = "hub", description = "Results as the Hugging Face Hub serves models: set `HF_ENDPOINT` to this service's `/hf`"),
+        (name = "webhooks", description = "Who wants to hear of jobs"),
         (name = "workers", description = "What there is to compute on"),
         (name = "models", description = "What can be pruned"),
         (name = "health", description = "How the service is"),
@@ -54,6 +56,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(sweeps::routes())
         .merge(uploads::routes())
         .merge(hub::routes())
+        .merge(webhooks::routes())
         .routes(routes!(workers::list))
         .routes(routes!(models::list))
         .routes(routes!(health::live))

@@ -21,6 +21,7 @@ pub enum Code {
     InvalidHeader,
     InvalidSpec,
     InvalidUpload,
+    InvalidWebhook,
     IdempotencyKeyReused,
     Unauthorized,
     Forbidden,
@@ -32,6 +33,7 @@ pub enum Code {
     SweepNotFound,
     ArtifactNotFound,
     UploadNotFound,
+    WebhookNotFound,
     UploadIncomplete,
     DigestMismatch,
     QuotaExceeded,
@@ -61,13 +63,14 @@ const fn row(name: &'static str, status: StatusCode, title: &'static str, remedy
 }
 
 impl Code {
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 33] = [
         Self::InvalidJson,
         Self::InvalidQuery,
         Self::InvalidId,
         Self::InvalidHeader,
         Self::InvalidSpec,
         Self::InvalidUpload,
+        Self::InvalidWebhook,
         Self::IdempotencyKeyReused,
         Self::Unauthorized,
         Self::Forbidden,
@@ -79,6 +82,7 @@ impl Code {
         Self::SweepNotFound,
         Self::ArtifactNotFound,
         Self::UploadNotFound,
+        Self::WebhookNotFound,
         Self::UploadIncomplete,
         Self::DigestMismatch,
         Self::QuotaExceeded,
@@ -116,6 +120,9 @@ impl Code {
                  created; mend all of it and send it again."),
             Self::InvalidUpload => row("invalid-upload", S::UNPROCESSABLE_ENTITY, "The upload cannot be taken",
                 "`errors` lists everything that is wrong, each with its place."),
+            Self::InvalidWebhook => row("invalid-webhook", S::UNPROCESSABLE_ENTITY, "It cannot be a webhook endpoint",
+                "`errors` lists everything that is wrong, each with its place. A receiver is a public https URL, unless \
+                 the service was started with --webhooks-inside."),
             Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed",
                 "Send `Authorization: Bearer sct_…` with a key this service knows."),
             Self::Forbidden => row("forbidden", S::FORBIDDEN, "The API key does not allow this",
@@ -138,6 +145,9 @@ impl Code {
                 "The job's list of artifacts names every file it left, path and all."),
             Self::UploadNotFound => row("upload-not-found", S::NOT_FOUND, "There is no such upload",
                 "It never existed, was deleted, or was not completed within a day. The list of uploads shows those there are."),
+            Self::WebhookNotFound => row("webhook-not-found", S::NOT_FOUND, "There is no such webhook endpoint or delivery",
+                "It never existed or was deleted. The list of webhook endpoints shows those there are; deliveries are \
+                 kept for thirty days."),
             Self::UploadIncomplete => row("upload-incomplete", S::CONFLICT, "Parts of the upload are missing",
                 "The detail names them; send them and complete the upload again."),
             Self::DigestMismatch => row("digest-mismatch", S::BAD_REQUEST, "The bytes are not what their digest says",
@@ -225,6 +235,15 @@ impl Problem {
             more => format!("{} things are wrong with the upload.", more.len()),
         };
         Self { errors, ..Self::new(Code::InvalidUpload, detail) }
+    }
+
+    /// What is wrong with a webhook endpoint.
+    pub fn webhook(errors: Vec<Complaint>) -> Self {
+        let detail = match errors.as_slice() {
+            [one] => one.to_string(),
+            more => format!("{} things are wrong with the webhook endpoint.", more.len()),
+        };
+        Self { errors, ..Self::new(Code::InvalidWebhook, detail) }
     }
 
     /// Our own fault. What happened goes to the log, not to the caller.

@@ -7,6 +7,8 @@ use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use secateur::job::spec::JobSpec;
 use secateur::service::db::{Database, JobRow, Lease, NewArtifact, NewJob, Tenant};
 use secateur::service::http::{ApiKey, AppState, Roots, serve};
+use secateur::service::seal::Seal;
+use secateur::service::sinks::Reach;
 use secateur::service::store::{Store, epoch_prefix};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -55,6 +57,8 @@ impl App {
         let state = AppState {
             database: database.clone(),
             store: store.clone(),
+            seal: Seal::with(&[7; 32]),
+            reach: Reach::Private,
             roots: Roots::new(&[root]).unwrap(),
             locked,
             shutdown: shutdown.clone(),

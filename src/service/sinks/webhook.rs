@@ -1,0 +1,135 @@
+//! Webhooks by Standard Webhooks (standardwebhooks.com): signed, small, never redirected.
+
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ring::hmac;
+use time::OffsetDateTime;
+use ureq::unversioned::transport::DefaultConnector;
+use uuid::Uuid;
+
+use super::address::{Guard, Reach};
+use crate::service::db::{Database, EndpointRow, Message, Tried};
+use crate::service::seal::Seal;
+
+/// From looking the name up to the end of the answer.
+const TIMEOUT: Duration = Duration::from_secs(15);
+/// Of an answer that refuses, for the delivery log.
+const MAX_ANSWER_BYTES: u64 = 500;
+
+/// How a secret is shown to its owner, once.
+pub fn shown(secret: &[u8]) -> String {
+    format!("whsec_{}", STANDARD.encode(secret))
+}
+
+/// The signature of a message under one secret.
+pub fn signature(secret: &[u8], id: Uuid, timestamp: i64, body: &str) -> String {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
+    let tag = hmac::sign(&key, format!("{id}.{timestamp}.{body}").as_bytes());
+    format!("v1,{}", STANDARD.encode(tag.as_ref()))
+}
+
+/// A client that calls what `reach` allows, follows no redirect and uses no proxy.
+pub fn agent(reach: Reach) -> ureq::Agent {
+    let config = ureq::Agent::config_builder()
+        .timeout_global(Some(TIMEOUT))
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .max_idle_connections(0)
+        .proxy(None)
+        .user_agent(concat!("secateur/", env!("CARGO_PKG_VERSION")))
+        .build();
+    ureq::Agent::with_parts(config, DefaultConnector::default(), Guard::new(reach))
+}
+
+/// Tries to deliver a message once.
+pub async fn deliver(database: &Database, seal: &Seal, reach: Reach, message: &Message) -> Tried {
+    let begun = Instant::now();
+    let failed = |error: String| Tried { status: None, error: Some(error), duration: begun.elapsed() };
+    let Some(endpoint) = message.endpoint_id else { return failed("the message names no endpoint".into()) };
+    let row = match database.endpoint(message.tenant, endpoint).await {
+        Ok(Some(row)) => row,
+        Ok(None) => return failed("the endpoint is gone".into()),
+        Err(error) => return failed(error.to_string()),
+    };
+    let signatures = match signatures(seal, &row, message) {
+        Ok(signatures) => signatures,
+        Err(error) => return failed(error),
+    };
+    if let Err(error) = reach.check(&row.url) {
+        return failed(format!("the URL {error}"));
+    }
+    let (id, body) = (message.id, message.body.clone());
+    let sent = tokio::task::spawn_blocking(move || send(&agent(reach), &row, id, &signatures, &body)).await;
+    let (status, error) = match sent {
+        Ok(Ok((status, None))) => (Some(status), None),
+        Ok(Ok((status, Some(words)))) => (Some(status), Some(words)),
+        Ok(Err(error)) => (None, Some(error)),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    Tried { status, error, duration: begun.elapsed() }
+}
+
+struct Signed {
+    timestamp: i64,
+    /// One for each secret that counts.
+    signatures: String,
+}
+
+fn signatures(seal: &Seal, row: &EndpointRow, message: &Message) -> Result<Signed, String> {
+    let timestamp = OffsetDateTime::now_utc().unix_timestamp();
+    let mut signatures = Vec::new();
+    for sealed in std::iter::once(&row.secret).chain(&row.old_secret) {
+        let secret = seal.unseal(row.id.as_bytes(), sealed).map_err(|e| e.to_string())?;
+        signatures.push(signature(&secret, message.id, timestamp, &message.body));
+    }
+    Ok(Signed { timestamp, signatures: signatures.join(" ") })
+}
+
+/// The status, and the first words of an answer that refuses.
+fn send(
+    agent: &ureq::Agent,
+    row: &EndpointRow,
+    id: Uuid,
+    signed: &Signed,
+    body: &str,
+) -> Result<(u16, Option<String>), String> {
+    let kind = match row.format.as_str() {
+        "cloudevents" => "application/cloudevents+json",
+        _ => "application/json",
+    };
+    let request = agent
+        .post(&row.url)
+        .header("content-type", kind)
+        .header("webhook-id", id.to_string())
+        .header("webhook-timestamp", signed.timestamp.to_string())
+        .header("webhook-signature", &signed.signatures);
+    let mut answer = request.send(body).map_err(|e| e.to_string())?;
+    let status = answer.status();
+    if status.is_success() {
+        return Ok((status.as_u16(), None));
+    }
+    let words = answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().unwrap_or_default();
+    let words = words.replace('\0', "");
+    Ok((
+        status.as_u16(),
+        Some(format!("the receiver answered {status}: {}", words.trim()).trim_end_matches([':', ' ']).into()),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The example of the specification's own libraries.
+    #[test]
+    fn a_signature_is_what_standard_webhooks_says() {
+        let secret = STANDARD.decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &secret);
+        let tag = hmac::sign(&key, b"msg_p5jXN8AQM9LWM0D4loKWxJek.1614265330.{\"test\": 2432232314}");
+        assert_eq!(STANDARD.encode(tag.as_ref()), "g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
+        assert_eq!(shown(&secret), "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw");
+    }
+}
