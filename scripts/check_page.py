@@ -9,62 +9,15 @@ key and a right one; meets names that try to be HTML. `--axe` runs the accessibi
 
 import argparse
 import json
-import os
 import pathlib
-import signal
-import subprocess
 import tempfile
 import time
 import urllib.request
 
 from browser import Browser
+from service import KEY, Service
 
-KEY = "sct_abcd1234_0123456789abcdef01234567"
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
-
-
-class Service:
-    """`secateur up` in a directory of its own."""
-
-    def __init__(self, args, locked=False):
-        self.home = tempfile.TemporaryDirectory(prefix="secateur-page-")
-        os.chmod(self.home.name, 0o755)
-        self.text = os.path.join(self.home.name, "text.txt")
-        with open(self.text, "w") as file:
-            file.write("Once upon a time there was a little dog who liked to run in the park. " * 400)
-        env = {**os.environ, "RUST_LOG": "warn"}
-        if locked:
-            env["SECATEUR_API_KEY"] = KEY
-        self.key = KEY if locked else None
-        self.process = subprocess.Popen(
-            [args.binary, "up", "--data-dir", self.home.name, "--bind", "127.0.0.1:0", "--allow-root", args.model,
-             "--allow-root", self.home.name, "--threads", "1"],
-            stdout=subprocess.PIPE, text=True, env=env,
-        )
-        self.url = self.process.stdout.readline().split()[-1]
-
-    def call(self, path, body=None, method=None):
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self.url + path, data=data, headers=headers, method=method)
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-        self.home.cleanup()
-
-
-def spec(model, name, steps):
-    text = {"from": "text", "text": "Once upon a time there was a little dog who liked to run in the park. " * 40}
-    return {
-        "name": name, "model": {"from": "path", "path": model},
-        "calibration": {"samples": 8, "seq_len": 64}, "prune": {"amount": {"layers": 1}},
-        "heal": [{"method": "qlora", "corpus": text, "steps": steps, "batch_size": 2, "seq_len": 64, "checkpoint_every": 20}],
-    }
 
 
 class Walk:
@@ -142,10 +95,10 @@ def download(walk, service, job):
         assert data == answer.read(), "the bundle differs"
 
 
-def change_of_mind(walk, service, model):
+def change_of_mind(walk, service):
     """Pause, resume, cancel, try again, delete: all with the mouse."""
     b = walk.browser
-    job = service.call("/v1/jobs", spec(model, "a long one", 100000))["id"]
+    job = service.submit("a long one", 100000)
     b.open(f"{service.url}/#/jobs/{job}")
     b.until("document.querySelector('h1 .badge')?.innerText === 'running'", 30)
     b.until("document.querySelectorAll('.plot canvas').length >= 1", 60)
@@ -176,12 +129,10 @@ def change_of_mind(walk, service, model):
     b.until("location.hash === '#/'")
 
 
-def hostile(walk, service, model):
+def hostile(walk, service):
     """Names that try to be HTML are shown as they are."""
     b = walk.browser
-    asked = spec(model, HOSTILE[:100], 1)
-    asked["labels"] = {"team": HOSTILE[:60]}
-    job = service.call("/v1/jobs", asked)["id"]
+    job = service.submit(HOSTILE[:100], 1, labels={"team": HOSTILE[:60]})
     for place in ["/", f"/jobs/{job}", f"/submit?like={job}", f"/jobs/{HOSTILE}", f"/?state={HOSTILE}"]:
         b.open("about:blank")
         b.open(f"{service.url}/#{place}")
@@ -239,18 +190,18 @@ def main():
         args.shots.mkdir(parents=True, exist_ok=True)
     model = str(pathlib.Path(args.model).resolve())
     axe = args.axe.read_text() if args.axe else None
-    free, closed = Service(args), Service(args, locked=True)
+    free, closed = Service(args.binary, model), Service(args.binary, model, locked=True)
     try:
         with Browser() as browser:
             walk = Walk(browser, args.shots, axe)
             browser.look()
             job = first_job(walk, free.url, model, free.text)
             download(walk, free, job)
-            change_of_mind(walk, free, model)
-            hostile(walk, free, model)
+            change_of_mind(walk, free)
+            hostile(walk, free)
             keyboard(walk, free.url)
             locked(walk, closed)
-            job = closed.call("/v1/jobs", spec(model, "locked away", 60))["id"]
+            job = closed.submit("locked away")
             browser.open(f"{closed.url}/#/jobs/{job}")
             browser.until("document.body.innerText.includes('Download all')", 120)
             browser.until("[...document.querySelectorAll('img.paper')].every(i => i.naturalWidth > 0)")

@@ -31,8 +31,11 @@ const MOST_WEBHOOKS: usize = 32;
 const MOST_RUNS: usize = 2;
 /// Tries at once of one endpoint, so that a slow one leaves room for others.
 const MOST_OF_ONE: usize = 4;
-/// Nobody else tries within this time; longer than any try takes.
-const LEASE: Duration = Duration::from_mins(10);
+/// Nobody else tries within this time; a try of whoever is gone then is made anew. At worst two try the same at once,
+/// which the receiver can tell by the message's id.
+const WEBHOOK_LEASE: Duration = Duration::from_mins(1);
+const MLFLOW_LEASE: Duration = Duration::from_mins(5);
+const LEAST_LEASE: Duration = Duration::from_secs(20);
 /// Wake-up calls can be lost; so we look by ourselves, too.
 const POLL: Duration = Duration::from_secs(5);
 const TIDY_EVERY: Duration = Duration::from_hours(1);
@@ -142,7 +145,7 @@ impl Drain {
             return Ok(());
         }
         let busy = tries.busy();
-        for message in self.database.messages_due(sink, &busy, free as i64, LEASE).await? {
+        for message in self.database.messages_due(sink, &busy, free as i64, self.lease(sink)).await? {
             let (drain, endpoint) = (self.clone(), message.endpoint_id.unwrap_or_default());
             *tries.by_endpoint.entry(endpoint).or_default() += 1;
             tries.running.spawn(async move {
@@ -178,7 +181,7 @@ impl Drain {
         if let Some(error) = &tried.error {
             tracing::warn!(message = %message.id, sink = message.sink, kind = message.kind, error, "not delivered");
         }
-        let until = Instant::now() + LEASE / 2;
+        let until = Instant::now() + WEBHOOK_LEASE / 2;
         while let Err(error) = self.database.message_tried(message, tried, again).await {
             if Instant::now() > until {
                 tracing::warn!(message = %message.id, %error, "what came of a delivery is forgotten; it comes again");
@@ -186,6 +189,11 @@ impl Drain {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
+    }
+
+    fn lease(&self, sink: &str) -> Duration {
+        let lease = if sink == MLFLOW { MLFLOW_LEASE } else { WEBHOOK_LEASE };
+        lease.mul_f64(self.settings.patience).max(LEAST_LEASE)
     }
 
     /// How long to wait after try number `attempts` has failed; not at all after the last.
