@@ -24,7 +24,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     args.log.start();
-    options::runtime()?.block_on(serve(&args))?;
+    options::run(serve(&args))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -238,6 +238,17 @@ pub fn shutdown_on_signals() -> anyhow::Result<Shutdown> {
     Ok(shutdown)
 }
 
+/// How long what computes or calls beside the threads of the service may go on after its end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Runs a command that serves to its end. A receiver that hangs does not hold it back.
+pub fn run(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let ended = runtime.block_on(command);
+    runtime.shutdown_timeout(LAST_WORDS);
+    ended
+}
+
 /// The runtime of a service command.
 pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)

@@ -53,8 +53,7 @@ pub struct ServeArgs {
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     args.log.start();
-    let runtime = options::runtime()?;
-    runtime.block_on(up(&args))?;
+    options::run(up(&args))?;
     Ok(ExitCode::SUCCESS)
 }
 

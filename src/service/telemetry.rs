@@ -60,6 +60,11 @@ pub fn start_recording() {
     LazyLock::force(&RECORDER);
 }
 
+/// Sums up what was measured, from time to time: where nobody asks for metrics, it would pile up.
+pub fn tidy() {
+    RECORDER.as_ref().inspect(|handle| handle.run_upkeep());
+}
+
 /// Everything counted so far, in the Prometheus text format.
 pub fn render() -> String {
     RECORDER.as_ref().map(PrometheusHandle::render).unwrap_or_default()
@@ -93,6 +98,11 @@ fn describe() {
     // What can happen begins at nought: a rate over a counter that comes into being misses its first step.
     counter!(LEASES_LOST).absolute(0);
     REAPED.iter().for_each(|cause| counter!(LEASES_REAPED, "cause" => *cause).absolute(0));
+    let _ = histogram!(QUEUE_WAIT_SECONDS);
+    for stage in Stage::ALL {
+        let _ = histogram!(STAGE_SECONDS, "stage" => stage.name(), "reused" => "false");
+        let _ = histogram!(STAGE_SECONDS, "stage" => stage.name(), "reused" => "true");
+    }
 }
 
 /// What the worker of one device counts from its start.
@@ -161,6 +171,7 @@ pub fn sink_ready(sink: &'static str) {
     DELIVERED
         .iter()
         .for_each(|outcome| counter!(DELIVERIES, "sink" => sink, "outcome" => *outcome).absolute(0));
+    let _ = histogram!(DELIVERY_SECONDS, "sink" => sink);
 }
 
 /// A try to deliver ended; `outcome` is one of [`DELIVERED`].

@@ -129,6 +129,7 @@ impl Steward {
                 () = self.stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
+            telemetry::tidy();
             loop {
                 match signals.try_recv() {
                     Ok(Signal::Reconnected) | Err(TryRecvError::Lagged(_)) => watch.broken(),

@@ -42,9 +42,6 @@ async fn every_metric_that_is_asked_for_is_one_that_the_service_tells() {
     app.json("/v1/jobs").await;
     t::worker_ready("cpu");
     t::sink_ready("webhook");
-    t::queue_waited(std::time::Duration::from_secs(1));
-    t::stage_finished(secateur::job::progress::Stage::Heal, false, 1000);
-    t::delivery_tried("webhook", "delivered", std::time::Duration::from_secs(1));
     let worker = secateur::service::db::WorkerSelf {
         id: uuid::Uuid::now_v7(),
         host: "h".into(),
@@ -57,6 +54,9 @@ async fn every_metric_that_is_asked_for_is_one_that_the_service_tells() {
     app.database.worker_started(&worker).await.unwrap();
     let text = app.get("/metrics").send().await.unwrap().text().await.unwrap();
     assert!(text.contains("secateur_workers{device=\"cuda\",state=\"idle\"} 1"), "{text}");
+    for line in ["secateur_queue_wait_seconds_count 0", "secateur_leases_lost_total 0"] {
+        assert!(text.contains(line), "what can happen begins at nought: {line} in\n{text}");
+    }
     let typed: BTreeSet<String> =
         text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next().map(String::from)).collect();
 

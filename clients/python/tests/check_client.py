@@ -50,7 +50,7 @@ def check_document():
             checked += 1
     source = "".join(path.read_text() for path in (HERE.parents[1] / "src/secateur").glob("*.py"))
     paths = set(document["paths"])
-    asked = [p.replace("{self.at}", "/v1/jobs/{id}").replace("{what}", "cancel") for p in re.findall(r'f?"((?:/v1|\{self\.at\})[^"]*)"', source)]
+    asked = [p.replace("{self.id}", "{id}").replace("{self.at}", "/v1/jobs/{id}").replace("{what}", "cancel") for p in re.findall(r'f?"((?:/v1|\{self\.at\})[^"]*)"', source)]
     for path in asked:
         assert path in paths, f"{path} is no route of the service"
     print(f"client: {checked} fields and {len(asked)} routes are those of the OpenAPI document")

@@ -114,6 +114,7 @@ impl Drain {
             if let Err(error) = self.begin(sink, most, &mut tries).await {
                 tracing::warn!(sink, %error, "the outbox waits for the database");
             }
+            telemetry::tidy();
             if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
                 tidied = Some(Instant::now());
                 if let Err(error) = self.database.forget_old_messages().await {
