@@ -36,8 +36,10 @@ create table outbox (
   created_at timestamptz not null default now(),
   -- Tries that have begun.
   attempts integer not null default 0,
-  -- Not before this time; a try that has begun moves it, so that nobody else begins one meanwhile.
+  -- Not before this time.
   due_at timestamptz not null default now(),
+  -- Somebody tries; nobody else begins before this time.
+  claimed_until timestamptz,
   delivered_at timestamptz,
   given_up_at timestamptz,
   check ((sink = 'webhook') = (endpoint_id is not null))

@@ -177,6 +177,11 @@ async fn a_receiver_hears_of_every_state_signed_and_may_choose() {
     assert_eq!((&told["id"], &told["subject"]), (&json!(event.id), &json!(row.id)));
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!((all.all().len(), ends.all().len()), (3, 1), "nothing comes twice");
+    let page = app.json(&path(&first, "/deliveries")).await;
+    assert!(
+        page["data"].as_array().unwrap().iter().all(|d| d["tries"].as_array().unwrap().len() == 1),
+        "{page}"
+    );
 }
 
 #[tokio::test]
@@ -248,6 +253,30 @@ async fn a_receiver_that_was_away_misses_nothing_and_each_message_keeps_its_id_a
     assert_eq!(app.post(&again).send().await.unwrap().status(), 202);
     let heard = second.wait(count + 1).await;
     assert_eq!((&heard[count].id, &heard[count].body), (&heard[0].id, &heard[0].body));
+}
+
+#[tokio::test]
+async fn a_message_that_is_being_tried_is_nobody_elses_and_success_outlives_a_late_failure() {
+    use secateur::service::db::Tried;
+    let app = App::start().await;
+    register(&app, json!({"url": "http://127.0.0.1:9/"})).await;
+    app.enqueue("slow").await;
+    let (lease, database) = (Duration::from_millis(300), &app.database);
+    let due = async || database.messages_due("webhook", &[], 10, lease).await.unwrap();
+    let slow = due().await.remove(0);
+    assert!(due().await.is_empty(), "it is being tried");
+    app.enqueue("quick").await;
+    let quick = due().await.remove(0);
+    let fine = Tried { status: Some(200), error: None, duration: Duration::ZERO };
+    database.message_tried(&quick, &fine, None).await.unwrap();
+    assert!(due().await.is_empty(), "another one's success changes nothing for it");
+    tokio::time::sleep(lease).await;
+    let again = due().await.remove(0);
+    assert_eq!((again.id, &again.body, again.attempts), (slow.id, &slow.body, 2));
+    database.message_tried(&slow, &fine, None).await.unwrap();
+    let late = Tried { status: None, error: Some("too late".into()), duration: Duration::ZERO };
+    database.message_tried(&again, &late, Some(Duration::ZERO)).await.unwrap();
+    assert!(due().await.is_empty(), "it was delivered");
 }
 
 #[tokio::test]

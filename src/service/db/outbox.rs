@@ -94,14 +94,16 @@ impl Database {
         let rows = sqlx::query_as(
             "with due as (
                select id, row_number() over (partition by sink, endpoint_id order by id) as place from outbox
-               where due_at <= now() and delivered_at is null and given_up_at is null and sink = $1
+               where due_at <= now() and coalesce(claimed_until <= now(), true)
+                 and delivered_at is null and given_up_at is null and sink = $1
                  and (endpoint_id is null or endpoint_id <> all ($4))),
              mine as (
                select o.id from outbox o
                where o.id in (select id from due where place <= 4 order by place, id limit $2)
-                 and o.due_at <= now() and o.delivered_at is null and o.given_up_at is null
+                 and o.due_at <= now() and coalesce(o.claimed_until <= now(), true)
+                 and o.delivered_at is null and o.given_up_at is null
                for update skip locked)
-             update outbox o set due_at = now() + make_interval(secs => $3), attempts = o.attempts + 1
+             update outbox o set claimed_until = now() + make_interval(secs => $3), attempts = o.attempts + 1
              from mine where o.id = mine.id
              returning o.id, o.tenant_id, o.sink, o.endpoint_id, o.job_id, o.kind, o.body, o.attempts",
         )
@@ -133,13 +135,14 @@ impl Database {
         .bind(tried.duration.as_millis() as i64)
         .execute(&mut *tx)
         .await?;
-        // A try that came late does not undo what a later one did.
+        // A try that comes late and failed does not undo what a later one does; one that succeeded has delivered.
         sqlx::query(
             "update outbox set
                delivered_at = case when $2 then clock_timestamp() end,
                given_up_at = case when not $2 and $3::float8 is null then clock_timestamp() end,
-               due_at = case when $3::float8 is null then due_at else now() + make_interval(secs => $3) end
-             where id = $1 and attempts = $4 and delivered_at is null",
+               due_at = case when $3::float8 is null then due_at else now() + make_interval(secs => $3) end,
+               claimed_until = null
+             where id = $1 and delivered_at is null and ($2 or attempts = $4)",
         )
         .bind(message.id)
         .bind(tried.error.is_none())
@@ -148,11 +151,13 @@ impl Database {
         .execute(&mut *tx)
         .await?;
         if tried.error.is_none() {
-            // The receiver is there: what waits for it need not wait longer.
+            // The receiver is there: what waits for it need not wait longer. The last tries keep their times, or one
+            // message that is never taken would have used them up while others are.
             sqlx::query(
                 "update outbox set due_at = now()
                  where sink = $1 and endpoint_id is not distinct from $2 and delivered_at is null
-                   and given_up_at is null and due_at > now() + interval '1 minute'",
+                   and given_up_at is null and claimed_until is null and attempts < 6
+                   and due_at > now() + interval '1 minute'",
             )
             .bind(&message.sink)
             .bind(message.endpoint_id)
@@ -192,7 +197,7 @@ impl Database {
     pub async fn message_again(&self, tenant: Tenant, endpoint: Uuid, id: Uuid) -> Result<bool> {
         let mut tx = self.pool.begin().await?;
         let done = sqlx::query(
-            "update outbox set delivered_at = null, given_up_at = null, due_at = now()
+            "update outbox set delivered_at = null, given_up_at = null, due_at = now(), claimed_until = null
              where tenant_id = $1 and endpoint_id = $2 and id = $3",
         )
         .bind(tenant)
