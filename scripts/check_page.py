@@ -145,6 +145,24 @@ def hostile(walk, service):
     walk.look("hostile")
 
 
+def sweep(walk, service):
+    """Many jobs side by side, and the front of them."""
+    b = walk.browser
+    base = service.spec("base", 0, eval={"perplexity": [{"from": "path", "path": service.text}], "speed": False, "seq_len": 64})
+    base["calibration"]["corpus"] = {"from": "model"}
+    del base["name"]
+    axes = {"amount": [{"layers": 1}, {"layers": 2}], "strategy": ["deepest", "block_endpoint"]}
+    made = service.call("/v1/sweeps", {"name": "how deep", "base": base, "axes": axes})
+    b.open("about:blank")
+    b.open(f"{service.url}/#/sweeps")
+    b.click_text("how deep")
+    b.until("location.hash.endsWith('" + made["id"] + "')")
+    b.until("document.querySelectorAll('svg.front circle.on').length >= 1", 120)
+    b.until("!document.body.innerText.includes('queued') && !document.body.innerText.includes('running')", 120)
+    assert b.run("document.querySelectorAll('tbody tr').length") == 4
+    walk.look("sweep")
+
+
 def keyboard(walk, url):
     """The first stop is the link that skips to the content; every stop shows where it is."""
     b = walk.browser
@@ -199,6 +217,7 @@ def main():
             download(walk, free, job)
             change_of_mind(walk, free)
             hostile(walk, free)
+            sweep(walk, free)
             keyboard(walk, free.url)
             locked(walk, closed)
             job = closed.submit("locked away")
@@ -218,7 +237,7 @@ def main():
     if walk.faults:
         raise SystemExit(1)
     print("the page works: submitted, watched, downloaded, paused, resumed, cancelled, tried again, deleted; "
-          "locked and unlocked; hostile names; keyboard" + ("; axe finds nothing" if axe else ""))
+          "locked and unlocked; hostile names; a sweep; keyboard" + ("; axe finds nothing" if axe else ""))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ static ASSETS: LazyLock<Vec<Asset>> = LazyLock::new(|| {
         "page.js": SCRIPT,
         "results.js": SCRIPT,
         "submit.js": SCRIPT,
+        "sweeps.js": SCRIPT,
         "words.js": SCRIPT,
         "workers.js": SCRIPT,
         "vendor/lit-html.js": SCRIPT,

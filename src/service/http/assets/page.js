@@ -5,12 +5,13 @@ import { Refused, get, key } from "./api.js";
 import * as job from "./job.js";
 import * as jobs from "./jobs.js";
 import * as submit from "./submit.js";
+import * as sweeps from "./sweeps.js";
 import * as workers from "./workers.js";
 
 const main = document.getElementById("main");
 const nav = document.getElementById("nav");
 const dialog = document.getElementById("dialog");
-const PAGES = [["#/", "Jobs"], ["#/submit", "New job"], ["#/workers", "Workers"]];
+const PAGES = [["#/", "Jobs"], ["#/sweeps", "Sweeps"], ["#/submit", "New job"], ["#/workers", "Workers"]];
 
 let leave = null;
 let shown = null;
@@ -24,6 +25,8 @@ function route() {
   const parts = path.split("/").filter(Boolean);
   const asked = new URLSearchParams(query);
   if (parts[0] === "jobs" && parts[1]) return ["", "Job", (place) => job.show(place, parts[1])];
+  if (parts[0] === "sweeps" && parts[1]) return ["", "Sweep", (place) => sweeps.show(place, parts[1])];
+  if (parts[0] === "sweeps") return ["#/sweeps", "Sweeps", (place) => sweeps.list(place, asked)];
   if (parts[0] === "submit") return ["#/submit", "New job", (place) => submit.show(place, asked.get("like"))];
   if (parts[0] === "workers") return ["#/workers", "Workers", workers.show];
   return ["#/", "Jobs", (place) => jobs.show(place, asked)];
