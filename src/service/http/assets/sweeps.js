@@ -72,16 +72,18 @@ function front(rows) {
     return { low, high, at: (v) => from + ((high > low ? (v - low) / (high - low) : 0.5) * 0.9 + 0.05) * (to - from) };
   };
   const x = scale(points.map((p) => p.x), 70, 690);
-  const y = scale(points.map((p) => p.y), 260, 20);
-  const line = points.filter((p) => p.on_front).sort((a, b) => a.x - b.x).map((p) => `${x.at(p.x)},${y.at(p.y)}`).join(" ");
+  // Perplexity grows by factors.
+  const [tall, back] = by === "perplexity_ratio" ? [Math.log, Math.exp] : [Number, Number];
+  const y = scale(points.map((p) => tall(p.y)), 260, 20);
+  const line = points.filter((p) => p.on_front).sort((a, b) => a.x - b.x).map((p) => `${x.at(p.x)},${y.at(tall(p.y))}`).join(" ");
   const what = by === "accuracy_ratio" ? "accuracy over the base model's" : "perplexity over the base model's";
-  const mark = (p) => svg`<circle class=${p.on_front ? "on" : "off"} cx=${x.at(p.x)} cy=${y.at(p.y)} r="6"><title>${p.name}: ${bytes(p.x)}, ${number(p.y, 3)}</title></circle>`;
+  const mark = (p) => svg`<circle class=${p.on_front ? "on" : "off"} cx=${x.at(p.x)} cy=${y.at(tall(p.y))} r="6"><title>${p.name}: ${bytes(p.x)}, ${number(p.y, 3)}</title></circle>`;
   const end = (v, text, anchor, px, py) => svg`<text x=${px} y=${py} text-anchor=${anchor}>${text(v)}</text>`;
   return html`<section class="card"><h2>What no other one beats</h2><svg class="front" viewBox="0 0 720 310" role="img"
       aria-label="Size against ${what}: ${points.filter((p) => p.on_front).map((p) => `${p.name} ${bytes(p.x)} ${number(p.y, 3)}`).join("; ")} are on the front">
     <path class="axis" d="M70 20V260H690"></path><polyline class="line" points=${line}></polyline>${points.map(mark)}
     ${end(x.low, bytes, "middle", x.at(x.low), 280)}${x.high > x.low ? end(x.high, bytes, "middle", x.at(x.high), 280) : ""}
-    ${end(y.low, (v) => number(v, 3), "end", 62, y.at(y.low) + 4)}${y.high > y.low ? end(y.high, (v) => number(v, 3), "end", 62, y.at(y.high) + 4) : ""}
+    ${end(y.low, (v) => number(back(v), 3), "end", 62, y.at(y.low) + 4)}${y.high > y.low ? end(y.high, (v) => number(back(v), 3), "end", 62, y.at(y.high) + 4) : ""}
     <text x="380" y="302" text-anchor="middle">size of the weights</text></svg>
     <p class="quiet">Up: ${what}. Filled: no other job is at least as good in everything that was measured, and better in something.</p></section>`;
 }
