@@ -36,6 +36,7 @@ const ROOMS: [(&str, &[&str]); 19] = [
         &[
             "job",
             "checkpoint",
+            "report",
             "service::db",
             "service::store",
             "service::telemetry",

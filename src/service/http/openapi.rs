@@ -12,8 +12,7 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::{
     AppState, artifacts, bundle, create, events, health, hub, jobs, models, plans, results, sweeps, uploads,
-    webhooks,
-    workers,
+    webhooks, workers,
 };
 use crate::job::shape::Shapes;
 use crate::job::spec::JobSpec;
