@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench-peers sanitize openapi clean-demo
+.PHONY: help demo test check check-peers bench-peers sanitize openapi clean-demo
 
 binary = $(or $(CARGO_TARGET_DIR),target)/release/secateur
 
@@ -28,6 +28,12 @@ test:
 check:
 	cargo fmt
 	cargo clippy --locked --all-targets -- -D warnings
+
+## make check-peers dashboard, metrics, webhooks, MLflow and the Python client against real peers: Chromium, Prometheus, PyPI's
+check-peers:
+	scripts/install.sh cargo postgres python chromium prometheus peers
+	cargo build --locked
+	scripts/check_peers.sh $(or $(CARGO_TARGET_DIR),target)/debug/secateur
 
 ## make bench-peers every stage against its peer in one run: an hour or two on a quiet machine; ARGS="--only step"
 bench-peers:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Asks a real Prometheus every question of the Grafana dashboard and of the alert rules.
 
-    scripts/check_dashboards.py --binary target/debug/secateur --model DIR
+    scripts/check_dashboards.py --binary target/debug/secateur
 
 Needs `prometheus` and `promtool` (Debian's package prometheus). Starts a service, has it run jobs and tell a webhook,
 scrapes it, and fails where a panel stays empty. Where grafana-foundation-sdk (PyPI) is at hand, the dashboard is also
@@ -115,11 +115,11 @@ def check_rules(url):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", default="target/debug/secateur")
-    parser.add_argument("--model", required=True, help="a directory with a small model")
+    parser.add_argument("--model", help="a directory with a small model; one with random weights is made when absent")
     args = parser.parse_args()
     dashboard = json.loads((DEPLOY / "grafana/secateur.json").read_text())
     check_files(dashboard)
-    service = Service(args.binary, str(pathlib.Path(args.model).resolve()), "--webhooks-inside")
+    service = Service(args.binary, args.model, "--webhooks-inside")
     home = tempfile.TemporaryDirectory(prefix="secateur-prometheus-")
     prometheus = None
     try:

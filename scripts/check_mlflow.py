@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Proves the MLflow sink against a real MLflow server (PyPI: mlflow), which is killed and started again in between.
 
-    scripts/check_mlflow.py --binary target/debug/secateur --model DIR --mlflow VENV/bin/mlflow
+    scripts/check_mlflow.py --binary target/debug/secateur --mlflow VENV/bin/mlflow
 
 Jobs succeed, are cancelled, and end while the server is away; the service is killed, too. In the end there is one run
 per job, with parameters, every measured value once, tags, and the report and plots byte for byte.
@@ -99,7 +99,7 @@ def until(what, holds, seconds=120):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", default="target/debug/secateur")
-    parser.add_argument("--model", required=True, help="a directory with a small model")
+    parser.add_argument("--model", help="a directory with a small model; one with random weights is made when absent")
     parser.add_argument("--mlflow", default=str(pathlib.Path(sys.executable).with_name("mlflow")))
     args = parser.parse_args()
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
@@ -107,7 +107,7 @@ def main():
 
     server = Server(args.mlflow)
     server.start()
-    service = Service(args.binary, str(pathlib.Path(args.model).resolve()), "--mlflow-url", server.url, "--sink-patience", "0.05")
+    service = Service(args.binary, args.model, "--mlflow-url", server.url, "--sink-patience", "0.05")
     client = MlflowClient(server.url)
     labels = {"team": "nlp"}
     try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Uses the dashboard as a person does, in a real browser, against a service that it starts.
 
-    scripts/check_page.py --binary target/debug/secateur --model DIR [--shots DIR] [--axe axe.min.js] [--page URL]
+    scripts/check_page.py --binary target/debug/secateur [--shots DIR] [--axe axe.min.js] [--page URL]
 
 Submits a job with the mouse, watches it, downloads its result; pauses, resumes, cancels and tries again; gives a wrong
 key and a right one; meets names that try to be HTML. `--axe` runs the accessibility rules of axe-core on every page.
@@ -42,10 +42,10 @@ class Walk:
         browser.look()
 
 
-def first_job(walk, url, model, text):
+def first_job(walk, service):
     """A newcomer with a mouse: submits, watches, looks at the result."""
     b = walk.browser
-    b.open(url)
+    b.open(service.url)
     b.until("document.body.innerText.includes('No jobs yet')")
     walk.look("empty")
     b.click_text("Make the first one")
@@ -55,7 +55,7 @@ def first_job(walk, url, model, text):
     b.until("document.querySelector('#problems').innerText.includes('/model')")
     assert b.run("document.querySelector('[id=\"model.path-wrong\"]').innerText.length") > 0, "the field says nothing"
     walk.look("refused")
-    b.type("[id='model.path']", model)
+    b.type("[id='model.path']", service.model)
     b.type("#name", "with the mouse")
     b.type("#samples", "8")
     b.type("#seq_len", "64")
@@ -63,7 +63,7 @@ def first_job(walk, url, model, text):
     b.type("#layers", "1")
     b.choose("#heal", "rescale")
     b.choose("[id='heal.from']", "path")
-    b.type("[id='heal.path']", text)
+    b.type("[id='heal.path']", service.text)
     b.click_text("Submit the job")
     b.until("location.hash.startsWith('#/jobs/')")
     b.until("document.querySelector('.log')?.innerText.includes('profile begins')", 60)
@@ -200,20 +200,19 @@ def locked(walk, service):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", default="target/debug/secateur")
-    parser.add_argument("--model", required=True, help="a directory with a small model")
+    parser.add_argument("--model", help="a directory with a small model; one with random weights is made when absent")
     parser.add_argument("--shots", type=pathlib.Path, help="leave pictures of all pages here")
     parser.add_argument("--axe", type=pathlib.Path, help="axe.min.js of the npm package axe-core")
     args = parser.parse_args()
     if args.shots:
         args.shots.mkdir(parents=True, exist_ok=True)
-    model = str(pathlib.Path(args.model).resolve())
     axe = args.axe.read_text() if args.axe else None
-    free, closed = Service(args.binary, model), Service(args.binary, model, locked=True)
+    free, closed = Service(args.binary, args.model), Service(args.binary, args.model, locked=True)
     try:
         with Browser() as browser:
             walk = Walk(browser, args.shots, axe)
             browser.look()
-            job = first_job(walk, free.url, model, free.text)
+            job = first_job(walk, free)
             download(walk, free, job)
             change_of_mind(walk, free)
             hostile(walk, free)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing on a fresh Debian machine, and nothing that is there already.
-#   scripts/install.sh [cargo] [postgres] [python] [rust-components] [cargo-deny] [emulators]
+#   scripts/install.sh [cargo] [postgres] [python] [rust-components] [cargo-deny] [emulators] [chromium] [prometheus] [peers]
 set -euo pipefail
 
 cargo_deny_version=0.20.2
@@ -72,6 +72,19 @@ need_emulators() {
   [ ${#missing[@]} = 0 ] || apt_install "${missing[@]}"
 }
 
+need_chromium() { command -v chromium >/dev/null || command -v google-chrome >/dev/null || apt_install chromium; }
+need_prometheus() { command -v promtool >/dev/null || apt_install prometheus; }
+
+# What our results are checked with, from PyPI; in an environment of its own.
+need_peers() {
+  need_python
+  local venv=$cache/check-peers
+  [ -x "$venv/bin/mlflow" ] && return
+  say "pip install mlflow and others into $venv"
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet mlflow standardwebhooks grafana-foundation-sdk httpx pydantic
+}
+
 for what in "$@"; do
   case $what in
     cargo) need_cargo ;;
@@ -80,6 +93,9 @@ for what in "$@"; do
     rust-components) need_rust_components ;;
     cargo-deny) need_cargo_deny ;;
     emulators) need_emulators ;;
+    chromium) need_chromium ;;
+    prometheus) need_prometheus ;;
+    peers) need_peers ;;
     *) die "unknown: $what" ;;
   esac
 done

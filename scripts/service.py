@@ -2,12 +2,15 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
+
+import tiny_model
 
 KEY = "sct_abcd1234_0123456789abcdef01234567"
 ENDED = ["succeeded", "failed", "cancelled"]
@@ -20,8 +23,10 @@ class Service:
         self.text = os.path.join(self.home.name, "text.txt")
         with open(self.text, "w") as file:
             file.write("Once upon a time there was a little dog who liked to run in the park. " * 400)
-        self.model, self.key, self.port = model, KEY if locked else None, "0"
-        self.command = [binary, "up", "--data-dir", self.home.name, "--allow-root", model, "--allow-root", self.home.name,
+        # Without a model of yours a tiny one with random weights does.
+        self.model = str(pathlib.Path(model).resolve()) if model else tiny_model.write(pathlib.Path(self.home.name, "model"))
+        self.key, self.port = KEY if locked else None, "0"
+        self.command = [binary, "up", "--data-dir", self.home.name, "--allow-root", self.model, "--allow-root", self.home.name,
                         "--threads", "1", *flags]
         self.start()
 
