@@ -123,6 +123,29 @@ fn send(
 mod tests {
     use super::*;
 
+    #[test]
+    fn what_a_name_stands_for_is_asked_at_the_call_and_refused_there() {
+        use std::io::{Read, Write};
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let served = std::thread::spawn(move || {
+            for stream in listener.incoming().take(2) {
+                let mut stream = stream.unwrap();
+                let _ = stream.read(&mut [0; 1000]).unwrap();
+                stream.write_all(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n").unwrap();
+            }
+        });
+        for url in [format!("http://127.0.0.1:{port}/"), format!("http://localhost:{port}/")] {
+            let refused = agent(Reach::Public).get(&url).call().unwrap_err();
+            assert!(refused.to_string().contains("no address that may be called"), "{url}: {refused}");
+            assert_eq!(agent(Reach::Private).get(&url).call().unwrap().status(), 204, "{url}");
+        }
+        let secrets =
+            agent(Reach::Private).get("http://169.254.169.254/latest/meta-data").call().unwrap_err();
+        assert!(secrets.to_string().contains("no address that may be called"), "{secrets}");
+        served.join().unwrap();
+    }
+
     /// The example of the specification's own libraries.
     #[test]
     fn a_signature_is_what_standard_webhooks_says() {
