@@ -59,6 +59,8 @@ mod local_pg;
 #[cfg(feature = "engine")]
 mod memory;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod mlflow;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod monitoring;
 #[cfg(feature = "service")]
 mod openapi;
