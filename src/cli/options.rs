@@ -133,8 +133,8 @@ pub struct SinkArgs {
     /// Webhooks may go to this machine and private networks, at any port, without TLS.
     #[arg(long, env = "SECATEUR_WEBHOOKS_INSIDE")]
     webhooks_inside: bool,
-    /// An MLflow server that gets a run for each job, such as `http://127.0.0.1:5000`; MLFLOW_TRACKING_TOKEN, or
-    /// MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, open it.
+    /// An `MLflow` server that gets a run for each job, such as `http://127.0.0.1:5000`; `MLFLOW_TRACKING_TOKEN`, or
+    /// `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, open it.
     #[arg(long, env = "SECATEUR_MLFLOW_URL", value_name = "URL")]
     mlflow_url: Option<String>,
     /// The experiment whose runs they are.
@@ -157,7 +157,7 @@ impl SinkArgs {
     }
 }
 
-/// By the variables that MLflow's own clients read.
+/// By the variables that `MLflow`'s own clients read.
 fn mlflow_authorization() -> Option<String> {
     let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     if let Some(token) = set("MLFLOW_TRACKING_TOKEN") {

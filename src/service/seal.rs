@@ -40,6 +40,10 @@ impl Seal {
         Ok(Self::with(&key))
     }
 
+    /// With this very key.
+    ///
+    /// # Panics
+    /// Never: the key has the length it must have.
     pub fn with(key: &[u8; KEY_BYTES]) -> Self {
         let key = UnboundKey::new(&CHACHA20_POLY1305, key)
             .expect("the key is as long as it must be. This is a bug.");
@@ -47,6 +51,9 @@ impl Seal {
     }
 
     /// Seals `secret` for the thing that is called `owner`; it opens for no other.
+    ///
+    /// # Panics
+    /// When the secret is longer than 256 GiB.
     pub fn seal(&self, owner: &[u8], secret: &[u8]) -> Vec<u8> {
         let nonce: [u8; NONCE_LEN] = random();
         let mut sealed = secret.to_vec();
@@ -66,6 +73,9 @@ impl Seal {
 }
 
 /// Bytes nobody can guess.
+///
+/// # Panics
+/// When the system has no randomness to give.
 pub fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     SystemRandom::new().fill(&mut bytes).expect("the system gives random bytes. This is a bug.");

@@ -54,12 +54,10 @@ struct Row {
     name: &'static str,
     status: StatusCode,
     title: &'static str,
-    /// What it means and what to do, for the page.
-    remedy: &'static str,
 }
 
-const fn row(name: &'static str, status: StatusCode, title: &'static str, remedy: &'static str) -> Row {
-    Row { name, status, title, remedy }
+const fn row(name: &'static str, status: StatusCode, title: &'static str) -> Row {
+    Row { name, status, title }
 }
 
 impl Code {
@@ -103,79 +101,91 @@ impl Code {
     const fn row(self) -> Row {
         use StatusCode as S;
         match self {
-            Self::InvalidJson => row("invalid-json", S::BAD_REQUEST, "The body is not JSON",
-                "The detail names line and column of the first error. Send one JSON value in UTF-8."),
-            Self::InvalidQuery => row("invalid-query", S::BAD_REQUEST, "The query string is wrong",
-                "The detail names the parameter. What each route takes is in the API documentation."),
-            Self::InvalidId => row("invalid-id", S::BAD_REQUEST, "The id is not a UUID",
-                "Ids look like 019ab7c2-1f2e-7c3a-9d5e-0123456789ab; take them from the answer that created the thing."),
-            Self::InvalidHeader => row("invalid-header", S::BAD_REQUEST, "A header cannot be read",
-                "The detail names the header and what it may say."),
-            Self::IdempotencyKeyReused => row("idempotency-key-reused", S::UNPROCESSABLE_ENTITY,
-                "The Idempotency-Key stands for another request",
-                "A key marks one request, which may be sent again unchanged within 24 hours. Take a new key, such as a \
-                 new UUID, for a new request."),
-            Self::InvalidSpec => row("invalid-spec", S::UNPROCESSABLE_ENTITY, "The job spec cannot be run",
-                "`errors` lists everything that is wrong, each with a JSON pointer to its place in the body. Nothing was \
-                 created; mend all of it and send it again."),
-            Self::InvalidUpload => row("invalid-upload", S::UNPROCESSABLE_ENTITY, "The upload cannot be taken",
-                "`errors` lists everything that is wrong, each with its place."),
-            Self::InvalidWebhook => row("invalid-webhook", S::UNPROCESSABLE_ENTITY, "It cannot be a webhook endpoint",
-                "`errors` lists everything that is wrong, each with its place. A receiver is a public https URL, unless \
-                 the service was started with --webhooks-inside."),
-            Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed",
-                "Send `Authorization: Bearer sct_…` with a key this service knows."),
-            Self::Forbidden => row("forbidden", S::FORBIDDEN, "The API key does not allow this",
-                "The key may only read. Use one with the scope `submit` or `admin`."),
-            Self::ForeignHost => row("foreign-host", S::MISDIRECTED_REQUEST, "This service is not that host",
-                "Without an API key the service answers only to localhost and loopback addresses, so that no web page \
-                 can reach it through a name of its own. Use http://127.0.0.1, or start the service with a key."),
-            Self::ForeignOrigin => row("foreign-origin", S::FORBIDDEN, "Another site may not do this",
-                "Without an API key the service changes nothing on behalf of other web sites. Call it from its own \
-                 pages or from a program, or start it with a key."),
-            Self::RouteNotFound => row("route-not-found", S::NOT_FOUND, "There is nothing here",
-                "All routes are listed in the API documentation."),
-            Self::JobNotFound => row("job-not-found", S::NOT_FOUND, "There is no such job",
-                "It never existed. The list of jobs shows those there are."),
-            Self::JobDeleted => row("job-deleted", S::GONE, "The job was deleted",
-                "It and its files are gone; the detail says since when. Nothing brings them back."),
-            Self::SweepNotFound => row("sweep-not-found", S::NOT_FOUND, "There is no such sweep",
-                "It never existed. The list of sweeps shows those there are."),
-            Self::ArtifactNotFound => row("artifact-not-found", S::NOT_FOUND, "The job has no such file",
-                "The job's list of artifacts names every file it left, path and all."),
-            Self::UploadNotFound => row("upload-not-found", S::NOT_FOUND, "There is no such upload",
-                "It never existed, was deleted, or was not completed within a day. The list of uploads shows those there are."),
-            Self::WebhookNotFound => row("webhook-not-found", S::NOT_FOUND, "There is no such webhook endpoint or delivery",
-                "It never existed or was deleted. The list of webhook endpoints shows those there are; deliveries are \
-                 kept for thirty days."),
-            Self::UploadIncomplete => row("upload-incomplete", S::CONFLICT, "Parts of the upload are missing",
-                "The detail names them; send them and complete the upload again."),
-            Self::DigestMismatch => row("digest-mismatch", S::BAD_REQUEST, "The bytes are not what their digest says",
-                "They were damaged on their way, or are those of another file. Send them again."),
-            Self::QuotaExceeded => row("quota-exceeded", S::PAYLOAD_TOO_LARGE, "There is no room for it",
-                "The detail says how much there may be; delete what is not needed any more."),
-            Self::ResultNotReady => row("result-not-ready", S::NOT_FOUND, "The result is not there yet",
-                "The stage that makes it has not finished, or the job ended before it. Follow the job's events."),
-            Self::MethodNotAllowed => row("method-not-allowed", S::METHOD_NOT_ALLOWED, "This route has no such method",
-                "The Allow header names the methods it has."),
-            Self::NotAcceptable => row("not-acceptable", S::NOT_ACCEPTABLE, "It cannot be had in that form",
-                "The detail names the media types there are."),
-            Self::StateConflict => row("state-conflict", S::CONFLICT, "The job's state does not allow this",
-                "A running job is cancelled before it is deleted; a finished job changes no more."),
-            Self::BodyTooLarge => row("body-too-large", S::PAYLOAD_TOO_LARGE, "The body is too large",
-                "Put long texts into a file below one of the service's roots and name it as {\"from\": \"path\"}."),
-            Self::UnsupportedMediaType => row("unsupported-media-type", S::UNSUPPORTED_MEDIA_TYPE,
-                "The body's media type is not understood", "Send JSON with `Content-Type: application/json`."),
-            Self::RangeNotSatisfiable => row("range-not-satisfiable", S::RANGE_NOT_SATISFIABLE,
-                "The file has no such bytes", "The Content-Range header tells how long the file is."),
-            Self::Internal => row("internal", S::INTERNAL_SERVER_ERROR, "The service failed",
-                "This is a bug. Please report it with the request id; the service's log says more under that id."),
-            Self::Unavailable => row("unavailable", S::SERVICE_UNAVAILABLE, "The database cannot be reached",
-                "Running jobs go on. Try again after the time in Retry-After."),
-            Self::Draining => row("draining", S::SERVICE_UNAVAILABLE, "The service is shutting down",
-                "Try again after the time in Retry-After; another instance may answer."),
-            Self::Timeout => row("timeout", S::GATEWAY_TIMEOUT, "The answer took too long",
-                "Try again; if it stays so, the service's log says more under the request id."),
+            Self::InvalidJson => row("invalid-json", S::BAD_REQUEST, "The body is not JSON"),
+            Self::InvalidQuery => row("invalid-query", S::BAD_REQUEST, "The query string is wrong"),
+            Self::InvalidId => row("invalid-id", S::BAD_REQUEST, "The id is not a UUID"),
+            Self::InvalidHeader => row("invalid-header", S::BAD_REQUEST, "A header cannot be read"),
+            Self::IdempotencyKeyReused => row("idempotency-key-reused", S::UNPROCESSABLE_ENTITY, "The Idempotency-Key stands for another request"),
+            Self::InvalidSpec => row("invalid-spec", S::UNPROCESSABLE_ENTITY, "The job spec cannot be run"),
+            Self::InvalidUpload => row("invalid-upload", S::UNPROCESSABLE_ENTITY, "The upload cannot be taken"),
+            Self::InvalidWebhook => row("invalid-webhook", S::UNPROCESSABLE_ENTITY, "It cannot be a webhook endpoint"),
+            Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed"),
+            Self::Forbidden => row("forbidden", S::FORBIDDEN, "The API key does not allow this"),
+            Self::ForeignHost => row("foreign-host", S::MISDIRECTED_REQUEST, "This service is not that host"),
+            Self::ForeignOrigin => row("foreign-origin", S::FORBIDDEN, "Another site may not do this"),
+            Self::RouteNotFound => row("route-not-found", S::NOT_FOUND, "There is nothing here"),
+            Self::JobNotFound => row("job-not-found", S::NOT_FOUND, "There is no such job"),
+            Self::JobDeleted => row("job-deleted", S::GONE, "The job was deleted"),
+            Self::SweepNotFound => row("sweep-not-found", S::NOT_FOUND, "There is no such sweep"),
+            Self::ArtifactNotFound => row("artifact-not-found", S::NOT_FOUND, "The job has no such file"),
+            Self::UploadNotFound => row("upload-not-found", S::NOT_FOUND, "There is no such upload"),
+            Self::WebhookNotFound => row("webhook-not-found", S::NOT_FOUND, "There is no such webhook endpoint or delivery"),
+            Self::UploadIncomplete => row("upload-incomplete", S::CONFLICT, "Parts of the upload are missing"),
+            Self::DigestMismatch => row("digest-mismatch", S::BAD_REQUEST, "The bytes are not what their digest says"),
+            Self::QuotaExceeded => row("quota-exceeded", S::PAYLOAD_TOO_LARGE, "There is no room for it"),
+            Self::ResultNotReady => row("result-not-ready", S::NOT_FOUND, "The result is not there yet"),
+            Self::MethodNotAllowed => row("method-not-allowed", S::METHOD_NOT_ALLOWED, "This route has no such method"),
+            Self::NotAcceptable => row("not-acceptable", S::NOT_ACCEPTABLE, "It cannot be had in that form"),
+            Self::StateConflict => row("state-conflict", S::CONFLICT, "The job's state does not allow this"),
+            Self::BodyTooLarge => row("body-too-large", S::PAYLOAD_TOO_LARGE, "The body is too large"),
+            Self::UnsupportedMediaType => row("unsupported-media-type", S::UNSUPPORTED_MEDIA_TYPE, "The body's media type is not understood"),
+            Self::RangeNotSatisfiable => row("range-not-satisfiable", S::RANGE_NOT_SATISFIABLE, "The file has no such bytes"),
+            Self::Internal => row("internal", S::INTERNAL_SERVER_ERROR, "The service failed"),
+            Self::Unavailable => row("unavailable", S::SERVICE_UNAVAILABLE, "The database cannot be reached"),
+            Self::Draining => row("draining", S::SERVICE_UNAVAILABLE, "The service is shutting down"),
+            Self::Timeout => row("timeout", S::GATEWAY_TIMEOUT, "The answer took too long"),
+        }
+    }
+
+    /// What it means and what to do, for the page.
+    #[rustfmt::skip]
+    const fn remedy(self) -> &'static str {
+        match self {
+            Self::InvalidJson => "The detail names line and column of the first error. Send one JSON value in UTF-8.",
+            Self::InvalidQuery => "The detail names the parameter. What each route takes is in the API documentation.",
+            Self::InvalidId => "Ids look like 019ab7c2-1f2e-7c3a-9d5e-0123456789ab; take them from the answer that \
+                 created the thing.",
+            Self::InvalidHeader => "The detail names the header and what it may say.",
+            Self::IdempotencyKeyReused => "A key marks one request, which may be sent again unchanged within 24 \
+                 hours. Take a new key, such as a new UUID, for a new request.",
+            Self::InvalidSpec => "`errors` lists everything that is wrong, each with a JSON pointer to its place in \
+                 the body. Nothing was created; mend all of it and send it again.",
+            Self::InvalidUpload => "`errors` lists everything that is wrong, each with its place.",
+            Self::InvalidWebhook => "`errors` lists everything that is wrong, each with its place. A receiver is a \
+                 public https URL, unless the service was started with --webhooks-inside.",
+            Self::Unauthorized => "Send `Authorization: Bearer sct_…` with a key this service knows.",
+            Self::Forbidden => "The key may only read. Use one with the scope `submit` or `admin`.",
+            Self::ForeignHost => "Without an API key the service answers only to localhost and loopback addresses, \
+                 so that no web page can reach it through a name of its own. Use http://127.0.0.1, or start the \
+                 service with a key.",
+            Self::ForeignOrigin => "Without an API key the service changes nothing on behalf of other web sites. \
+                 Call it from its own pages or from a program, or start it with a key.",
+            Self::RouteNotFound => "All routes are listed in the API documentation.",
+            Self::JobNotFound => "It never existed. The list of jobs shows those there are.",
+            Self::JobDeleted => "It and its files are gone; the detail says since when. Nothing brings them back.",
+            Self::SweepNotFound => "It never existed. The list of sweeps shows those there are.",
+            Self::ArtifactNotFound => "The job's list of artifacts names every file it left, path and all.",
+            Self::UploadNotFound => "It never existed, was deleted, or was not completed within a day. The list of \
+                 uploads shows those there are.",
+            Self::WebhookNotFound => "It never existed or was deleted. The list of webhook endpoints shows those \
+                 there are; deliveries are kept for thirty days.",
+            Self::UploadIncomplete => "The detail names them; send them and complete the upload again.",
+            Self::DigestMismatch => "They were damaged on their way, or are those of another file. Send them again.",
+            Self::QuotaExceeded => "The detail says how much there may be; delete what is not needed any more.",
+            Self::ResultNotReady => "The stage that makes it has not finished, or the job ended before it. Follow \
+                 the job's events.",
+            Self::MethodNotAllowed => "The Allow header names the methods it has.",
+            Self::NotAcceptable => "The detail names the media types there are.",
+            Self::StateConflict => "A running job is cancelled before it is deleted; a finished job changes no more.",
+            Self::BodyTooLarge => "Put long texts into a file below one of the service's roots and name it as \
+                 {\"from\": \"path\"}.",
+            Self::UnsupportedMediaType => "Send JSON with `Content-Type: application/json`.",
+            Self::RangeNotSatisfiable => "The Content-Range header tells how long the file is.",
+            Self::Internal => "This is a bug. Please report it with the request id; the service's log says more \
+                 under that id.",
+            Self::Unavailable => "Running jobs go on. Try again after the time in Retry-After.",
+            Self::Draining => "Try again after the time in Retry-After; another instance may answer.",
+            Self::Timeout => "Try again; if it stays so, the service's log says more under the request id.",
         }
     }
 
@@ -263,7 +273,7 @@ impl Problem {
 
     /// The answer to request `request_id`.
     pub fn body(self, request_id: &str) -> ProblemBody {
-        let Row { name, status, title, .. } = self.code.row();
+        let Row { name, status, title } = self.code.row();
         ProblemBody {
             kind: format!("/problems/{name}"),
             title: title.into(),
@@ -346,16 +356,15 @@ impl IntoResponse for ProblemBody {
 /// The pages behind the `type` URIs.
 pub async fn about(Path(name): Path<String>) -> Result<Html<String>, Problem> {
     let code = Code::ALL.into_iter().find(|c| c.name() == name);
-    let row = code
-        .ok_or_else(|| {
-            Problem::new(Code::RouteNotFound, "There is no such kind of problem; /problems lists them all.")
-        })?
-        .row();
+    let code = code.ok_or_else(|| {
+        Problem::new(Code::RouteNotFound, "There is no such kind of problem; /problems lists them all.")
+    })?;
+    let row = code.row();
     let body = format!(
         "<p>HTTP status {}, code <code>{}</code>.</p><p>{}</p><p><a href=\"/problems\">All problems</a></p>",
         row.status,
         row.name,
-        page::escape(row.remedy)
+        page::escape(code.remedy())
     );
     Ok(page::page(row.title, &body))
 }
@@ -364,7 +373,7 @@ pub async fn all() -> Html<String> {
     let rows: String = Code::ALL
         .iter()
         .map(|code| {
-            let Row { name, status, title, .. } = code.row();
+            let Row { name, status, title } = code.row();
             format!("<tr><td>{}<td><a href=\"/problems/{name}\">{name}</a><td>{title}", status.as_u16())
         })
         .collect();

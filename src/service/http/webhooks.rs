@@ -47,7 +47,7 @@ enum Format {
     /// `{"type", "timestamp", "data"}`, as Standard Webhooks advise.
     #[default]
     Standard,
-    /// CloudEvents 1.0 in structured mode, signed all the same.
+    /// `CloudEvents` 1.0 in structured mode, signed all the same.
     CloudEvents,
 }
 
