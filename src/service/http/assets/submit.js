@@ -4,7 +4,7 @@ import { html } from "./vendor/lit-html.js";
 import { live } from "./vendor/directives/live.js";
 import { Refused, get, post, upload } from "./api.js";
 import { say } from "./page.js";
-import { bytes, count, duration, number } from "./words.js";
+import { bytes, count, duration } from "./words.js";
 
 const STRATEGIES = [
   ["auto", "auto: weigh several cuts, take the least damage"],
@@ -231,21 +231,29 @@ function problems(form) {
     <ul>${form.errors.map((e) => html`<li><code>${e.pointer || "/"}</code> ${e.message}</li>`)}</ul></div>`;
 }
 
-// A plan, in whatever numbers the service gives.
+// What the job would come to, where the service could reckon it.
 function plan({ plan: said }) {
   if (!said) return "";
-  const shown = (name, value) => {
-    if (typeof value === "number") {
-      if (name.endsWith("_bytes")) return bytes(value);
-      if (name.endsWith("_ms")) return duration(value);
-      if (name.endsWith("_s")) return duration(value * 1000);
-      return name.includes("parameters") ? count(value) : number(value);
-    }
-    return Array.isArray(value) ? value.filter((v) => typeof v !== "object").join(", ") : String(value);
-  };
-  const flat = Object.entries(said).filter(([name, value]) => name !== "object" && name !== "spec" && value !== null && (typeof value !== "object" || (Array.isArray(value) && typeof value[0] !== "object" && value.length)));
+  const p = said.plan;
+  const fastest = said.workers.map((w) => w.seconds).filter((s) => s !== null && s !== undefined).sort((a, b) => a - b)[0];
+  const cut = p && (p.least_layers === p.most_layers ? p.most_layers : `${p.least_layers} to ${p.most_layers}`);
+  const change = (of) => `${of(p.base)} → ${of(p.pruned)}`;
+  const facts = [
+    ...(p ? [
+      ["Layers cut", cut],
+      ["Layers", change((c) => c.layer_count)],
+      ["Parameters", change((c) => count(c.parameters))],
+      ["Size", change((c) => bytes(c.size_bytes))],
+      ["Memory", bytes(p.memory_bytes)],
+      ["Disk", bytes(p.disk_bytes)],
+    ] : []),
+    ["Takes about", fastest === undefined ? "not known" : duration(fastest * 1000)],
+    ["Begins", said.begins_in_s === null ? "when a worker is there" : said.begins_in_s < 1 ? "at once" : `in about ${duration(said.begins_in_s * 1000)}`],
+    ["Reused", said.reusable.map((r) => r.stage).join(", ") || "nothing"],
+  ];
   return html`<section class="notice good" role="status"><strong>This can be run.</strong>
-    <dl class="facts">${flat.map(([name, value]) => html`<div><dt>${name.replaceAll("_", " ").replace(/ (bytes|ms|s)$/, "")}</dt><dd>${shown(name, value)}</dd></div>`)}</dl></section>`;
+    <dl class="facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
+    ${p?.notes.length ? html`<ul>${p.notes.map((note) => html`<li>${note}</li>`)}</ul>` : ""}</section>`;
 }
 
 function view(form) {
