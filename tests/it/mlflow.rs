@@ -163,9 +163,10 @@ async fn each_job_has_one_run_with_everything_once_though_the_server_was_away() 
         let report = json!({
             "eval": {"base": {"layer_count": 6, "perplexity": [{"corpus": "held out!.txt", "value": 4.5}]}},
             "verdict": {"decision": "review", "reasons": ["a reason"]},
-        });
+        })
+        .to_string();
         let files: [(&str, &[u8]); 3] = [
-            ("report.json", report.to_string().as_bytes()),
+            ("report.json", report.as_bytes()),
             ("plots/heat map.svg", b"<svg/>"),
             ("pruned/model.safetensors", b"big"),
         ];
