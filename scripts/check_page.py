@@ -148,7 +148,8 @@ def hostile(walk, service):
 def sweep(walk, service):
     """Many jobs side by side, and the front of them."""
     b = walk.browser
-    base = service.spec("base", 0, eval={"perplexity": [{"from": "path", "path": service.text}], "speed": False, "seq_len": 64})
+    scored = {"perplexity": [{"from": "path", "path": service.text}], "speed": False, "seq_len": 64, "generation": None}
+    base = service.spec("base", 0, eval=scored)
     base["calibration"]["corpus"] = {"from": "model"}
     del base["name"]
     axes = {"amount": [{"layers": 1}, {"layers": 2}], "strategy": ["deepest", "block_endpoint"]}
