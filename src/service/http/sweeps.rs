@@ -21,7 +21,7 @@ use super::extract::{JobId, JsonBody, Pairs, limit, parameter, prefers};
 use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
-use crate::job::report::Report;
+use crate::job::report::{Report, Scores};
 use crate::job::state::JobState;
 use crate::job::sweep::{Child, Outcome, SweepReport, SweepSpec, mark_front};
 use crate::report::sweep::page;
@@ -299,9 +299,11 @@ async fn shown(state: &AppState, row: SweepRow) -> Result<Sweep, Problem> {
         };
         let Some(found) = job_report(state, row.tenant, id).await? else { continue };
         let outcome = Outcome::of(&found);
-        state.database.sweep_note(row.tenant, row.id, job.position, &outcome, &found.eval.base).await?;
+        // What it wrote fills pages, may hold what the database does not take (NUL), and stands in the job's report.
+        let scores = Scores { generation: None, ..found.eval.base };
+        state.database.sweep_note(row.tenant, row.id, job.position, &outcome, &scores).await?;
         job.outcome = Some(outcome);
-        base.get_or_insert(found.eval.base);
+        base.get_or_insert(scores);
     }
     let summary = summary(&row, &jobs);
     let children = row.spec.children();
