@@ -567,7 +567,7 @@ impl Family {
             heal: true,
             heal_targets: targets.map(|name| name.rsplit('.').next().unwrap_or(name)).collect(),
             experts: self.experts.is_some(),
-            gguf: false,
+            gguf: super::gguf::known(self.model_type),
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod config;
 pub mod family;
+pub mod gguf;
 pub mod header;
 mod keys;
 pub mod rope;
@@ -193,6 +194,7 @@ impl Config {
             scale_free: names.attention_in.is_some() && (self.mlp_in.is_some() || self.parallel),
             tied: self.tied,
             plain_mlp: names.mlp_out.is_none(),
+            no_gguf: gguf::Architecture::of(self).err(),
         }
     }
 

@@ -15,6 +15,28 @@ pub struct Rope {
     long: Option<(usize, Vec<f64>)>,
     /// Cosine and sine are multiplied by this.
     scale: f64,
+    theta: f64,
+    scaling: Scaling,
+}
+
+/// How the plain rotation is changed, for those who must be told so.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scaling {
+    No,
+    Linear {
+        factor: f64,
+    },
+    /// What each wavelength is multiplied by.
+    Llama3 {
+        factors: Vec<f64>,
+    },
+    Yarn {
+        factor: f64,
+        original: f64,
+        /// All else is as the paper has it.
+        usual: bool,
+    },
+    Long,
 }
 
 /// What the frequencies depend on beside the parameters themselves.
@@ -36,8 +58,9 @@ impl Rope {
         let pairs = shape.rotated / 2;
         let plain: Vec<f64> =
             (0..pairs).map(|i| shape.theta.powf(-((2 * i) as f64) / shape.rotated as f64)).collect();
-        let unscaled = |frequencies| Self { frequencies, long: None, scale: 1.0 };
-        let Some(keys) = parameters else { return Ok(unscaled(plain)) };
+        let unscaled =
+            |frequencies, scaling| Self { frequencies, long: None, scale: 1.0, theta: shape.theta, scaling };
+        let Some(keys) = parameters else { return Ok(unscaled(plain, Scaling::No)) };
         let kind = if keys.get("rope_type").is_some() {
             keys.text("rope_type")?
         } else {
@@ -49,10 +72,10 @@ impl Rope {
         };
         match kind {
             // Dynamic scaling begins beyond max_position_embeddings, where no text of ours goes.
-            "default" | "dynamic" => Ok(unscaled(plain)),
+            "default" | "dynamic" => Ok(unscaled(plain, Scaling::No)),
             "linear" => {
                 let factor = keys.number("factor")?;
-                Ok(unscaled(plain.iter().map(|f| f / factor).collect()))
+                Ok(unscaled(plain.iter().map(|f| f / factor).collect(), Scaling::Linear { factor }))
             }
             "llama3" => {
                 let llama3 = Llama3 {
@@ -61,7 +84,9 @@ impl Rope {
                     high: keys.number("high_freq_factor")?,
                     original,
                 };
-                Ok(unscaled(plain.iter().map(|f| llama3.scale(*f)).collect()))
+                let scaled: Vec<f64> = plain.iter().map(|f| llama3.scale(*f)).collect();
+                let factors = plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect();
+                Ok(unscaled(scaled, Scaling::Llama3 { factors }))
             }
             "yarn" => yarn(keys, shape, &plain, original),
             "longrope" | "su" => longrope(keys, shape, &plain, original),
@@ -72,6 +97,15 @@ impl Rope {
     /// Whether a text that grows from `from` to `to` tokens is rotated anew from its beginning.
     pub fn changes(&self, from: usize, to: usize) -> bool {
         self.long.as_ref().is_some_and(|(original, _)| from <= *original && *original < to)
+    }
+
+    /// The base of the plain rotation.
+    pub fn theta(&self) -> f64 {
+        self.theta
+    }
+
+    pub fn scaling(&self) -> &Scaling {
+        &self.scaling
     }
 
     /// Pairs of dimensions that are rotated.
@@ -122,11 +156,13 @@ impl Llama3 {
 fn yarn(keys: &Keys, shape: &Shape, plain: &[f64], original: f64) -> Result<Rope> {
     let factor = keys.number_or("factor", shape.max_positions as f64 / original)?;
     let sharpen = |scale: f64, by: f64| if scale <= 1.0 { 1.0 } else { 0.1 * by * scale.ln() + 1.0 };
-    let scale = match (
-        keys.number_if("attention_factor")?,
-        keys.number_if("mscale")?,
-        keys.number_if("mscale_all_dim")?,
-    ) {
+    let (given, one, all) =
+        (keys.number_if("attention_factor")?, keys.number_if("mscale")?, keys.number_if("mscale_all_dim")?);
+    let (fast, slow) = (keys.number_or("beta_fast", 32.0)?, keys.number_or("beta_slow", 1.0)?);
+    let truncated = keys.flag_or("truncate", true)?;
+    let unasked = given.is_none() && (one.is_none() || all.is_none());
+    let usual = unasked && truncated && (fast, slow) == (32.0, 1.0);
+    let scale = match (given, one, all) {
         (Some(given), _, _) => given,
         (None, Some(one), Some(all)) => sharpen(factor, one) / sharpen(factor, all),
         (None, _, _) => sharpen(factor, 1.0),
@@ -134,9 +170,8 @@ fn yarn(keys: &Keys, shape: &Shape, plain: &[f64], original: f64) -> Result<Rope
     let dim = shape.rotated as f64;
     // The pair of dimensions that turns so often over the original length.
     let place = |turns: f64| dim * (original / (turns * 2.0 * PI)).ln() / (2.0 * shape.theta.ln());
-    let (mut low, mut high) =
-        (place(keys.number_or("beta_fast", 32.0)?), place(keys.number_or("beta_slow", 1.0)?));
-    if keys.flag_or("truncate", true)? {
+    let (mut low, mut high) = (place(fast), place(slow));
+    if truncated {
         (low, high) = (low.floor(), high.ceil());
     }
     let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
@@ -147,7 +182,13 @@ fn yarn(keys: &Keys, shape: &Shape, plain: &[f64], original: f64) -> Result<Rope
         let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
         f / factor * ramp + f * (1.0 - ramp)
     };
-    Ok(Rope { frequencies: plain.iter().enumerate().map(stretched).collect(), long: None, scale })
+    Ok(Rope {
+        frequencies: plain.iter().enumerate().map(stretched).collect(),
+        long: None,
+        scale,
+        theta: shape.theta,
+        scaling: Scaling::Yarn { factor, original, usual },
+    })
 }
 
 fn longrope(keys: &Keys, shape: &Shape, plain: &[f64], original: f64) -> Result<Rope> {
@@ -165,5 +206,7 @@ fn longrope(keys: &Keys, shape: &Shape, plain: &[f64], original: f64) -> Result<
         frequencies: divided("short_factor")?,
         long: Some((original as usize, divided("long_factor")?)),
         scale,
+        theta: shape.theta,
+        scaling: Scaling::Long,
     })
 }

@@ -10,6 +10,8 @@ mod api;
 mod compare;
 mod completions;
 #[cfg(feature = "engine")]
+mod export;
+#[cfg(feature = "engine")]
 mod generate;
 mod inspect;
 #[cfg(feature = "service")]
@@ -83,6 +85,9 @@ enum Command {
     /// Leave layers out of a checkpoint: files only, nothing is measured.
     #[cfg(feature = "engine")]
     Prune(prune::Args),
+    /// Write a checkpoint as a GGUF file for llama.cpp.
+    #[cfg(feature = "engine")]
+    Export(export::Args),
     /// Tell what a checkpoint is, and what leaving out layers would save.
     Inspect(inspect::Args),
     /// List the model families and what each supports.
@@ -124,6 +129,8 @@ pub fn main() -> ExitCode {
         Command::Sweep(args) => sweep::run(args),
         #[cfg(feature = "engine")]
         Command::Prune(args) => prune::run(args),
+        #[cfg(feature = "engine")]
+        Command::Export(args) => export::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Models(args) => models::run(args),
         #[cfg(feature = "engine")]

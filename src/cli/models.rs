@@ -31,9 +31,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             card.heal_targets.join(" ")
         )?;
     }
+    let gguf: Vec<&str> = cards.iter().filter(|card| card.gguf).map(|card| card.model_type).collect();
     writeln!(
         out,
-        "\nEvery family can be profiled, pruned, healed and evaluated. GGUF export is not there yet."
+        "\nEvery family can be profiled, pruned, healed and evaluated. As GGUF can be written: {}.",
+        gguf.join(", ")
     )?;
     Ok(print(&out))
 }

@@ -256,6 +256,16 @@ fn print_summary(report: &Report, workspace: &Path) {
     for row in &rows {
         line(&row.label, &row.cells.iter().map(cell).collect::<Vec<_>>());
     }
+    let (head, rows) = report::exports(&report.eval);
+    if !rows.is_empty() {
+        let labelled = |row: Vec<String>| {
+            let mut cells = row.into_iter();
+            (cells.next().unwrap_or_default(), cells.collect())
+        };
+        let all: Vec<(String, Vec<String>)> = std::iter::once(head).chain(rows).map(labelled).collect();
+        out.push('\n');
+        out += &super::table::table(&all);
+    }
     for remark in &report.remarks {
         writeln!(out, "\n! {remark}").ok();
     }

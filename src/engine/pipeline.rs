@@ -11,6 +11,8 @@ use serde_json::json;
 
 use super::damage::{Accuracy, Damage};
 use super::data::{self, Purpose, Wanted, Windows, items, overlap};
+use super::eval::exported::Written;
+use super::export::gguf;
 use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
@@ -20,11 +22,12 @@ use super::{Cx, Error, Result, eval, profile, select};
 use crate::job::budget::BudgetReport;
 use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
-    Ablation, CheckpointRef, Decision, EvalReport, FailureKind, HealReport, LayerProfile, LayerSelection,
-    Report, StageSummary, Zone,
+    Ablation, CheckpointRef, Decision, EvalReport, FailureKind, GgufFile, HealReport, LayerProfile,
+    LayerSelection, Report, StageSummary, Zone,
 };
 use crate::job::spec::{
-    Corpus, DamageSpec, Gates, HealMethod, JobSpec, ModelSource, OnReject, OverlapPolicy, PruneAmount, Share,
+    Corpus, DamageSpec, Gates, GgufType, HealMethod, JobSpec, ModelSource, OnReject, OverlapPolicy, PruneAmount,
+    Share,
 };
 use crate::report::{Findings, card, page, plots};
 
@@ -105,7 +108,12 @@ impl Run<'_> {
         let Some(cut) = self.cut(workspace, model_digest, stages)? else { return Ok(None) };
         let Cutting { profile, selection, pruned, heal } = cut;
         let healed = heal.value.iter().rev().find_map(|h| h.checkpoint.as_ref());
-        let eval = self.eval(workspace, model_digest, &pruned.value, healed)?;
+        let dropped = &selection.value.dropped;
+        let gguf = self.export(workspace, model_digest, healed.unwrap_or(&pruned.value), dropped)?;
+        if self.ends(Stage::Export, &gguf, stages) {
+            return Ok(None);
+        }
+        let eval = self.eval(workspace, model_digest, &pruned.value, healed, &gguf)?;
         if self.ends(Stage::Eval, &eval, stages) {
             return Ok(None);
         }
@@ -119,7 +127,7 @@ impl Run<'_> {
             pruned: pruned.value,
             heal: heal.value,
             eval: eval.value,
-            files: pruned.files.into_iter().chain(heal.files).collect(),
+            files: pruned.files.into_iter().chain(heal.files).chain(gguf.files).collect(),
         }))
     }
 
@@ -165,6 +173,9 @@ impl Run<'_> {
         }
         // Finds what cannot be cut before hours are spent on the way to the cut.
         Cut::plan(self.base.index(), &[], None)?;
+        if !self.local.export.gguf.is_empty() {
+            gguf::check(self.base)?;
+        }
         if self.base.config().remote_code() {
             let cx = self.cx(Stage::Profile);
             cx.note("config.json names code of the model's authors (auto_map); it is neither run nor copied");
@@ -421,12 +432,44 @@ impl Run<'_> {
         Ok(recorded)
     }
 
+    /// The checkpoint to ship as GGUF, in each type that is asked for.
+    fn export(
+        &self,
+        workspace: &Workspace,
+        model_digest: &str,
+        shipped: &CheckpointRef,
+        dropped: &[u32],
+    ) -> Result<Recorded<Vec<GgufFile>>> {
+        let (cx, kinds) = (self.cx(Stage::Export), &self.local.export.gguf);
+        let name = self.asked.title();
+        let inputs = (&shipped.digest, kinds, &name, model_digest, dropped);
+        let recorded = workspace.once(cx, &inputs, |_| {
+            if kinds.is_empty() {
+                return Ok((Vec::new(), Vec::new()));
+            }
+            let checkpoint = Checkpoint::open(&workspace.dir().join(&shipped.path))?;
+            let origin = gguf::Origin { name: &name, cut: Some((model_digest, dropped)) };
+            let part = workspace.part(gguf::GGUF)?;
+            let write = |kind: &GgufType| {
+                gguf::write(&checkpoint, *kind, &origin, &part.join(gguf::file_name(*kind)), cx)
+            };
+            let files = kinds.iter().map(write).collect::<Result<Vec<_>>>()?;
+            workspace.publish(&part, gguf::GGUF)?;
+            Ok((files, vec![gguf::GGUF.to_owned()]))
+        })?;
+        if kinds.is_empty() {
+            workspace.retract(gguf::GGUF)?;
+        }
+        Ok(recorded)
+    }
+
     fn eval(
         &self,
         workspace: &Workspace,
         model_digest: &str,
         pruned: &CheckpointRef,
         healed: Option<&CheckpointRef>,
+        gguf: &Recorded<Vec<GgufFile>>,
     ) -> Result<Recorded<EvalReport>> {
         let cx = self.cx(Stage::Eval);
         let mut spec = self.local.eval.clone();
@@ -443,7 +486,7 @@ impl Run<'_> {
         spec.gates = Gates { confidence: spec.gates.confidence, ..Gates::default() };
         spec.tasks.iter_mut().for_each(|task| task.min_retention = None);
         (spec.on_reject, spec.overlap) = Default::default();
-        let inputs = json!({
+        let mut inputs = json!({
             "model": model_digest,
             "pruned": pruned.digest,
             "healed": healed.map(|h| &h.digest),
@@ -453,15 +496,24 @@ impl Run<'_> {
             "names": names,
             "healed_on": self.healing_texts()?,
         });
+        if !gguf.value.is_empty() {
+            inputs["gguf"] = json!(gguf.files);
+        }
         workspace.once(cx, &inputs, |_| {
             let place = |c: &CheckpointRef| eval::Place {
                 dir: workspace.dir().join(&c.path),
                 digest: c.digest.clone(),
             };
+            let written = |file: &GgufFile| Written {
+                file: file.clone(),
+                path: workspace.dir().join(&file.path),
+                sha256: gguf.files.get(&file.path).cloned().unwrap_or_default(),
+            };
             let checkpoints = eval::Checkpoints {
                 base: eval::Place { dir: self.base.dir().to_owned(), digest: model_digest.to_owned() },
                 pruned: place(pruned),
                 healed: healed.map(place),
+                gguf: gguf.value.iter().map(written).collect(),
             };
             let part = workspace.part(ITEMS)?;
             let mut report =

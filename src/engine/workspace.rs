@@ -291,7 +291,7 @@ const fn value_file(stage: Stage) -> Option<&'static str> {
     match stage {
         Stage::Profile => Some("profile.json"),
         Stage::Select => Some("selection.json"),
-        Stage::Prune | Stage::Heal => None,
+        Stage::Prune | Stage::Heal | Stage::Export => None,
         Stage::Eval => Some("eval.json"),
         Stage::Report => Some("report.json"),
     }

@@ -23,6 +23,8 @@ pub struct ModelFacts {
     pub tied: bool,
     /// What the MLP gives joins the stream as it is, without a norm of its own.
     pub plain_mlp: bool,
+    /// Why it cannot be written as GGUF, where it cannot.
+    pub no_gguf: Option<String>,
 }
 
 /// What the preset says of a training of adapters. `dropped` of the base model's layers have been cut.

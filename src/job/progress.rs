@@ -13,13 +13,15 @@ pub enum Stage {
     Select,
     Prune,
     Heal,
+    /// GGUF files, where they are asked for.
+    Export,
     Eval,
     Report,
 }
 
 impl Stage {
-    pub const ALL: [Self; 6] =
-        [Self::Profile, Self::Select, Self::Prune, Self::Heal, Self::Eval, Self::Report];
+    pub const ALL: [Self; 7] =
+        [Self::Profile, Self::Select, Self::Prune, Self::Heal, Self::Export, Self::Eval, Self::Report];
 
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -28,6 +30,7 @@ impl Stage {
             Self::Select => "select",
             Self::Prune => "prune",
             Self::Heal => "heal",
+            Self::Export => "export",
             Self::Eval => "eval",
             Self::Report => "report",
         }

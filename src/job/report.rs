@@ -10,10 +10,10 @@ use super::budget::BudgetReport;
 use super::heal::HealSettings;
 use super::progress::Stage;
 pub use super::scores::{
-    Comparison, Decision, Estimate, EvalReport, ExactMatch, Flaw, Generation, Likeness, Overlap, Perplexity,
-    PerplexityChange, Scores, Speed, TaskChange, TaskScore, Verdict, WrittenText,
+    Comparison, Decision, Estimate, EvalReport, ExactMatch, Exported, Flaw, Generation, Likeness, Overlap,
+    Perplexity, PerplexityChange, Scores, Speed, TaskChange, TaskScore, Verdict, WrittenText,
 };
-use super::spec::{JobSpec, Strategy, TokenPosition, Zones};
+use super::spec::{GgufType, JobSpec, Strategy, TokenPosition, Zones};
 
 /// A run of layers `start..start + len`, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -280,6 +280,18 @@ pub struct CheckpointRef {
     /// Bytes of the weight files.
     pub size_bytes: u64,
     pub parameters: u64,
+}
+
+/// A GGUF file of the checkpoint to ship.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GgufFile {
+    #[serde(rename = "type")]
+    pub kind: GgufType,
+    /// Relative to the workspace.
+    pub path: String,
+    pub size_bytes: u64,
+    /// Of all tensors, for each parameter; some tensors keep more bits than the type's.
+    pub bits_per_weight: f64,
 }
 
 /// Loss at one optimizer step.

@@ -31,8 +31,9 @@ impl JobSpec {
         check_damage(&self.prune.damage, &mut out);
         self.check_heal(&mut out);
         self.check_eval(&mut out);
-        if !self.export.gguf.is_empty() {
-            out.add("/export/gguf", "GGUF export is not available in this version; leave it out");
+        let gguf = &self.export.gguf;
+        for (i, kind) in gguf.iter().enumerate().filter(|(i, kind)| gguf[..*i].contains(kind)) {
+            out.add(&format!("/export/gguf/{i}"), format!("`{}` is there already", kind.name()));
         }
         out.0
     }
@@ -60,6 +61,9 @@ impl JobSpec {
                 | HealMethod::Reconstruct(_)
                 | HealMethod::Full(_) => {}
             }
+        }
+        if let (false, Some(why)) = (self.export.gguf.is_empty(), &model.no_gguf) {
+            out.add("/export/gguf", why.clone());
         }
         let p = &self.prune;
         if let (Strategy::Explicit, Some(layers)) = (p.strategy, &p.layers) {

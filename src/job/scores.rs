@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::report::GgufFile;
+
 /// Perplexity of one checkpoint on one corpus.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Perplexity {
@@ -121,9 +123,24 @@ pub struct EvalReport {
     /// The pruned and the healed checkpoint, each beside the base model.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub compared: Vec<Comparison>,
+    /// The GGUF files of the checkpoint to ship.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gguf: Vec<Exported>,
     /// What healing texts have in common with what was measured on; only where there is something.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub overlap: Vec<Overlap>,
+}
+
+/// A GGUF file, and what its weights come to: taken from the very file, and computed with by our own decoder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Exported {
+    #[serde(flatten)]
+    pub file: GgufFile,
+    pub sha256: String,
+    /// How many times smaller than the base model's weight files it is.
+    pub compression: f64,
+    pub perplexity: Vec<Perplexity>,
+    pub tasks: Vec<TaskScore>,
 }
 
 /// How much of what judges a checkpoint it may have learned by heart while it was healed: 13 words in a row count, in

@@ -48,6 +48,18 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// What the result is called: the job's name, or else the model's.
+    #[must_use]
+    pub fn title(&self) -> String {
+        let last = |path: &str| path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
+        self.name.clone().unwrap_or_else(|| match &self.model {
+            ModelSource::Hub { repo, .. } => last(repo),
+            ModelSource::Path { path } => last(path),
+            ModelSource::S3 { uri } => last(uri),
+            ModelSource::Job { job_id } => job_id.to_string(),
+        })
+    }
+
     /// Whether damage is to be measured with the size of the stream made up for: where healing does that without
     /// training, and where `auto` weighs cuts that will be healed at all.
     #[must_use]
@@ -287,8 +299,50 @@ pub struct ExportSpec {
     /// Data type of the written weights; the base model's own when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<WeightType>,
+    /// Write the result as GGUF files for llama.cpp too, one of each type, and measure each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub gguf: Vec<String>,
+    pub gguf: Vec<GgufType>,
+}
+
+/// Types of GGUF files. As in llama.cpp, norms and biases stay float32, a quantised file keeps its head in 6 or 8 bits,
+/// and a row that does not fill the blocks of its type takes the next larger one that it fills.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GgufType {
+    F16,
+    Bf16,
+    /// 8 bits, and a scale for each 32 weights.
+    #[serde(rename = "q8_0")]
+    Q8,
+    /// 6 bits in blocks of 256.
+    #[serde(rename = "q6_k")]
+    Q6K,
+    /// 5 bits in blocks of 256, 6 for half of what tells most (llama.cpp's `Q5_K_M`).
+    #[serde(rename = "q5_k")]
+    Q5K,
+    /// 4 bits in blocks of 256, 6 for half of what tells most (llama.cpp's `Q4_K_M`).
+    #[serde(rename = "q4_k")]
+    Q4K,
+    /// 4 bits, and a scale for each 32 weights.
+    #[serde(rename = "q4_0")]
+    Q4,
+}
+
+impl GgufType {
+    pub const ALL: [Self; 7] = [Self::F16, Self::Bf16, Self::Q8, Self::Q6K, Self::Q5K, Self::Q4K, Self::Q4];
+
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8_0",
+            Self::Q6K => "q6_k",
+            Self::Q5K => "q5_k",
+            Self::Q4K => "q4_k",
+            Self::Q4 => "q4_0",
+        }
+    }
 }
 
 /// Floating-point types a checkpoint can be written in.

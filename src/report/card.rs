@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{columns, comparison, shipped, summary};
+use super::{columns, comparison, exports, shipped, summary};
 use crate::job::report::Report;
 use crate::job::spec::ModelSource;
 use crate::report::svg::runs_text;
@@ -82,6 +82,17 @@ fn write_body(out: &mut String, report: &Report) -> std::fmt::Result {
             })
             .collect();
         writeln!(out, "| {} | {} |", plain(&row.label), cells.join(" | "))?;
+    }
+    let (head, rows) = exports(&report.eval);
+    if !rows.is_empty() {
+        writeln!(out, "\n## Cut and quantised\n")?;
+        let head: Vec<String> = head.iter().map(|cell| plain(cell)).collect();
+        writeln!(out, "| {} |\n|---|{}", head.join(" | "), "---:|".repeat(head.len() - 1))?;
+        for row in rows {
+            let row: Vec<String> = row.iter().map(|cell| plain(cell)).collect();
+            writeln!(out, "| {} |", row.join(" | "))?;
+        }
+        writeln!(out, "\nEach GGUF file was measured by its own weights on the same text.")?;
     }
     if !report.remarks.is_empty() {
         writeln!(out, "\n## Before you use it\n")?;

@@ -5,7 +5,7 @@ use super::choice::{criticality, logit_lens, strategies, zone_name};
 use super::evaluation::{changes, texts, verdict};
 use super::plot::{Figure, STYLE as PLOTS};
 use super::svg::{heat_map, layers_text, least, loss_curve, profile_curve, runs_text, unit};
-use super::{amount, columns, comparison, contiguous, summary};
+use super::{amount, columns, comparison, contiguous, exports, summary};
 use crate::job::heal::HealSettings;
 use crate::job::report::{
     Ablation, Compared, Considered, HealReport, LensReading, Repaired, Report, StageSummary,
@@ -26,6 +26,7 @@ pub fn page(report: &Report, stages: &[StageSummary]) -> String {
     verdict(&mut out, report);
     list(&mut out, "Before you use it", &report.remarks);
     comparison_table(&mut out, report);
+    exports_table(&mut out, report);
     changes(&mut out, report);
     texts(&mut out, report);
     search(&mut out, report);
@@ -127,6 +128,20 @@ fn comparison_table(out: &mut String, report: &Report) {
         put(out, "</tr>");
     }
     put(out, "</tbody></table></div></section>");
+}
+
+fn exports_table(out: &mut String, report: &Report) {
+    let (head, rows) = exports(&report.eval);
+    if rows.is_empty() {
+        return;
+    }
+    put(
+        out,
+        "<section><h2>Cut and quantised</h2><p>Each GGUF file was measured by its own weights, in the same decoder, on \
+         the same text. How many times smaller it is counts from the base model's weight files.</p>",
+    );
+    table(out, &head.iter().map(String::as_str).collect::<Vec<_>>(), &rows);
+    put(out, "</section>");
 }
 
 fn profile_figures(out: &mut String, report: &Report) {

@@ -5,6 +5,7 @@ mod budget;
 mod card;
 mod choice;
 mod evaluation;
+mod exports;
 mod html;
 mod lines;
 mod plot;
@@ -17,6 +18,7 @@ use std::fmt::Write;
 
 pub use beside::side_by_side;
 pub use card::card;
+pub use exports::exports;
 pub use html::page;
 pub use verdict::judge;
 

@@ -47,6 +47,8 @@ mod fetch;
 #[cfg(feature = "engine")]
 mod generation;
 #[cfg(feature = "engine")]
+mod gguf;
+#[cfg(feature = "engine")]
 mod heal;
 #[cfg(feature = "engine")]
 mod heal_stage;

@@ -119,6 +119,7 @@ fn healing() -> HealReport {
         scale_free: true,
         tied: false,
         plain_mlp: true,
+        no_gguf: None,
     };
     let curve = (0..120u32).map(|step| LossPoint {
         step,
@@ -179,6 +180,7 @@ fn report(name: &str, dropped: Vec<u32>, heal: bool) -> Report {
         pruned: checkpoint("pruned"),
         heal: if heal { vec![healing()] } else { Vec::new() },
         eval: EvalReport {
+            gguf: Vec::new(),
             base: scores(30, 18.7, 0.412),
             pruned: scores(24, 57.1, 0.371),
             healed: heal.then(|| scores(24, 24.9, 0.395)),

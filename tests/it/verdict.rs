@@ -53,6 +53,7 @@ fn sound() -> EvalReport {
             prefill_speedup: Some(between(1.1, 1.3)),
             decode_speedup: Some(between(1.1, 1.3)),
         }],
+        gguf: Vec::new(),
         overlap: Vec::new(),
     }
 }

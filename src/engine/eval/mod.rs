@@ -3,6 +3,7 @@
 
 pub mod compared;
 pub mod exact_match;
+pub mod exported;
 pub mod generation;
 pub mod likeness;
 pub mod loglikelihood;
@@ -22,7 +23,7 @@ use super::model::generate::Prompt;
 use super::model::{Checkpoint, Decoder};
 use super::workspace::Workspace;
 use super::{Cx, Error, Result};
-use crate::job::report::{Comparison, EvalReport, Scores};
+use crate::job::report::{Comparison, EvalReport, Perplexity, Scores, TaskScore};
 use crate::job::spec::EvalSpec;
 use compared::Found;
 
@@ -31,6 +32,7 @@ pub struct Checkpoints {
     pub base: Place,
     pub pruned: Place,
     pub healed: Option<Place>,
+    pub gguf: Vec<exported::Written>,
 }
 
 /// Where a checkpoint is.
@@ -145,10 +147,13 @@ pub fn evaluate(
             (compared.prefill_speedup, compared.decode_speedup) = (Some(prefill), Some(decode));
         }
     }
+    let shipped = checkpoints.healed.as_ref().unwrap_or(&checkpoints.pruned);
+    let base_bytes = all[0].scores.size_bytes;
+    let gguf = exported::measure(&checkpoints.gguf, &shipped.dir, base_bytes, &material, workspace, cx)?;
     let mut scores = all.into_iter().map(|one| one.scores);
     let mut next = || scores.next().ok_or_else(|| Error::bug("a checkpoint was not measured"));
     let (base, pruned) = (next()?, next()?);
-    Ok(EvalReport { base, pruned, healed: scores.next(), compared, overlap: Vec::new() })
+    Ok(EvalReport { base, pruned, healed: scores.next(), compared, gguf, overlap: Vec::new() })
 }
 
 /// What was measured of one checkpoint.
@@ -165,18 +170,7 @@ pub fn measure(which: &str, dir: &Path, material: &Material, cx: Cx) -> Result<M
     let memory = memory::Watch::start();
     let checkpoint = Checkpoint::open(dir)?;
     let decoder = Decoder::open(&checkpoint, cx.compute)?;
-    let (mut perplexity, mut windows) = (Vec::new(), Vec::new());
-    for text in &material.texts {
-        let (score, found) = perplexity::measure(&decoder, which, &text.corpus, &text.windows, cx)?;
-        perplexity.push(score);
-        windows.push(found);
-    }
-    let (mut tasks, mut items) = (Vec::new(), Vec::new());
-    for task in &material.tasks {
-        let results = tasks::answer(&decoder, &checkpoint.tokenizer()?, which, &task.name, &task.items, cx)?;
-        tasks.push(tasks::score(&task.name, &task.items, &results));
-        items.push(results);
-    }
+    let (perplexity, tasks, found) = likelihoods(which, &checkpoint, &decoder, material, cx)?;
     let written = generation::write(&decoder, which, &material.prompts, cx)?;
     let scores = Scores {
         layer_count: checkpoint.config().layer_count as u32,
@@ -190,7 +184,30 @@ pub fn measure(which: &str, dir: &Path, material: &Material, cx: Cx) -> Result<M
         flops_per_token: flops_per_token(&checkpoint),
         generation: None,
     };
-    Ok(Measured { scores, found: Found { windows, items }, written })
+    Ok(Measured { scores, found, written })
+}
+
+/// All that the log-likelihoods of texts and items come to.
+fn likelihoods(
+    which: &str,
+    checkpoint: &Checkpoint,
+    decoder: &Decoder,
+    material: &Material,
+    cx: Cx,
+) -> Result<(Vec<Perplexity>, Vec<TaskScore>, Found)> {
+    let (mut perplexity, mut windows) = (Vec::new(), Vec::new());
+    for text in &material.texts {
+        let (score, found) = perplexity::measure(decoder, which, &text.corpus, &text.windows, cx)?;
+        perplexity.push(score);
+        windows.push(found);
+    }
+    let (mut tasks, mut items) = (Vec::new(), Vec::new());
+    for task in &material.tasks {
+        let results = tasks::answer(decoder, &checkpoint.tokenizer()?, which, &task.name, &task.items, cx)?;
+        tasks.push(tasks::score(&task.name, &task.items, &results));
+        items.push(results);
+    }
+    Ok((perplexity, tasks, Found { windows, items }))
 }
 
 /// A multiplication and an addition for each weight that a token meets: those of the layers, of which only some experts

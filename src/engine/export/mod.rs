@@ -1,3 +1,4 @@
 //! What leaves the house.
 
+pub mod gguf;
 pub mod safetensors;

@@ -334,7 +334,7 @@ pub fn note_dtype(config: &mut Map<String, Value>, asked: Option<WeightType>) {
 pub fn encode(name: &str, values: &[f32], to: Dtype) -> Result<Vec<u8>> {
     let overflow = |rounded: f32, value: f32| rounded.is_infinite() && value.is_finite();
     let too_large =
-        || Error::spec(format!("export.dtype: tensor {name} has values too large for {to}; use bf16 or f32"));
+        || Error::spec(format!("export: tensor {name} has values too large for {to}; use bf16 or f32"));
     match to {
         Dtype::F32 => Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
         Dtype::Bf16 => {

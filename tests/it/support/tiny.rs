@@ -181,6 +181,15 @@ impl Tiny {
     }
 }
 
+/// A tokenizer for a vocabulary of `size` tokens, the first bytes.
+pub fn write_tokenizer(dir: &Path, size: usize) {
+    let mut tokenizer = tokenizer_json();
+    tokenizer["added_tokens"] = json!([]);
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    vocab.retain(|_, id| (id.as_u64().unwrap() as usize) < size);
+    write_json(&dir.join("tokenizer.json"), &tokenizer);
+}
+
 /// Draws weights one after the other; the same seed draws the same.
 struct Draw {
     rng: ChaCha8Rng,
