@@ -7,6 +7,7 @@ pub mod family;
 pub mod gguf;
 pub mod header;
 mod keys;
+pub mod licence;
 pub mod rope;
 mod surgery;
 

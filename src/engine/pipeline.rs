@@ -17,8 +17,9 @@ use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
 use super::select::{Measured, Oracle, Oracles};
-use super::workspace::{Recorded, Workspace, write_atomic};
+use super::workspace::{Recorded, Workspace, file_digest, write_atomic, write_json};
 use super::{Cx, Error, Result, eval, profile, select};
+use crate::checkpoint::licence::licence;
 use crate::job::budget::BudgetReport;
 use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
@@ -26,15 +27,17 @@ use crate::job::report::{
     LayerSelection, Report, StageSummary, Zone,
 };
 use crate::job::spec::{
-    Corpus, DamageSpec, Gates, GgufType, HealMethod, JobSpec, ModelSource, OnReject, OverlapPolicy, PruneAmount,
-    Share,
+    Corpus, DamageSpec, Gates, HealMethod, JobSpec, ModelSource, OnReject, OverlapPolicy, PruneAmount, Share,
 };
-use crate::report::{Findings, card, page, plots};
+use crate::report::{Findings, card, page, plots, provenance, sums};
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
 /// Directory of a workspace with the report's plots.
 const PLOTS: &str = "plots";
+/// What was made of what, and the digests of all that was made.
+const PROVENANCE: &str = "provenance.json";
+const SUMS: &str = "SHA256SUMS";
 
 /// One run of one job.
 pub struct Run<'a> {
@@ -449,13 +452,7 @@ impl Run<'_> {
             }
             let checkpoint = Checkpoint::open(&workspace.dir().join(&shipped.path))?;
             let origin = gguf::Origin { name: &name, cut: Some((model_digest, dropped)) };
-            let part = workspace.part(gguf::GGUF)?;
-            let write = |kind: &GgufType| {
-                gguf::write(&checkpoint, *kind, &origin, &part.join(gguf::file_name(*kind)), cx)
-            };
-            let files = kinds.iter().map(write).collect::<Result<Vec<_>>>()?;
-            workspace.publish(&part, gguf::GGUF)?;
-            Ok((files, vec![gguf::GGUF.to_owned()]))
+            Ok((gguf::write_all(&checkpoint, kinds, &origin, workspace, cx)?, vec![gguf::GGUF.to_owned()]))
         })?;
         if kinds.is_empty() {
             workspace.retract(gguf::GGUF)?;
@@ -530,6 +527,13 @@ impl Run<'_> {
         corpora.map(|corpus| Ok((data::label(corpus), data::digest(corpus)?))).collect()
     }
 
+    /// Name and content of every text of the job.
+    fn texts(&self) -> Result<Vec<(String, String)>> {
+        let mut spec = self.local.clone();
+        let of = |(_, corpus): (String, &mut Corpus)| Ok((data::label(corpus), data::digest(corpus)?));
+        spec.corpora_mut().into_iter().map(of).collect()
+    }
+
     /// Fails a job whose result is rejected, where it is to; all its files are written by now.
     fn accept(&self, report: &Report) -> Result<()> {
         match (self.local.eval.on_reject, &report.verdict) {
@@ -548,7 +552,8 @@ impl Run<'_> {
     fn report(&self, workspace: &Workspace, findings: Findings, stages: &[StageSummary]) -> Result<Report> {
         let cx = self.cx(Stage::Report);
         let report = findings.report();
-        let recorded = workspace.once(cx, &report, |_| {
+        let (licence, texts) = (licence(self.base.dir()), self.texts()?);
+        let recorded = workspace.once(cx, &(&report, &licence, &texts), |_| {
             write_atomic(&workspace.dir().join("report.html"), page(&report, stages).as_bytes())?;
             let part = workspace.part(PLOTS)?;
             for (name, svg) in plots(&report) {
@@ -557,8 +562,14 @@ impl Run<'_> {
             workspace.publish(&part, PLOTS)?;
             let shipped = healed_or_pruned(&report);
             let card_path = format!("{}/README.md", shipped.path);
-            write_atomic(&workspace.dir().join(&card_path), card(&report).as_bytes())?;
-            Ok((report.clone(), vec!["report.html".to_owned(), PLOTS.to_owned(), card_path]))
+            write_atomic(&workspace.dir().join(&card_path), card(&report, &licence).as_bytes())?;
+            let mut files = report.files.clone();
+            files.insert(card_path.clone(), file_digest(&workspace.dir().join(&card_path))?);
+            write_json(&workspace.dir().join(PROVENANCE), &provenance(&report, &files, &texts))?;
+            files.insert(PROVENANCE.to_owned(), file_digest(&workspace.dir().join(PROVENANCE))?);
+            write_atomic(&workspace.dir().join(SUMS), sums(&files).as_bytes())?;
+            let left = ["report.html", PLOTS, &card_path, PROVENANCE, SUMS];
+            Ok((report.clone(), left.map(String::from).to_vec()))
         })?;
         Ok(recorded.value)
     }

@@ -7,27 +7,28 @@ use crate::job::report::Report;
 use crate::job::spec::ModelSource;
 use crate::report::svg::runs_text;
 
-/// `README.md` of the checkpoint to ship. It leaves out speed and memory: they differ from run to run and from device
+/// `README.md` of the checkpoint to ship, under the base model's `licence` (lines of front matter). It leaves out speed and memory: they differ from run to run and from device
 /// to device, and what lies beside the weights is the same for the same spec.
-pub fn card(report: &Report) -> String {
+pub fn card(report: &Report, licence: &[String]) -> String {
     let mut report = report.clone();
     let eval = &mut report.eval;
     for scores in [&mut eval.base, &mut eval.pruned].into_iter().chain(&mut eval.healed) {
         (scores.speed, scores.peak_memory_bytes) = (None, 0);
     }
-    let mut out = front_matter(&report);
+    let mut out = front_matter(&report, licence);
     // A text takes all that is written to it.
     write_body(&mut out, &report).ok();
     out
 }
 
 /// The part that the Hub reads. Every text is quoted as in JSON, which YAML holds.
-fn front_matter(report: &Report) -> String {
+fn front_matter(report: &Report, licence: &[String]) -> String {
     let quoted = |text: &str| serde_json::to_string(text).expect("a text is JSON. This is a bug.");
     let mut out = String::from("---\nlibrary_name: transformers\npipeline_tag: text-generation\n");
     if let ModelSource::Hub { repo, .. } = &report.spec.model {
         out += &format!("base_model: {}\n", quoted(repo));
     }
+    licence.iter().for_each(|line| out += &format!("{line}\n"));
     out += "tags:\n- secateur\n- layer-pruning\n";
     let scores = shipped(&report.eval);
     if !scores.tasks.is_empty() || !scores.perplexity.is_empty() {

@@ -9,6 +9,7 @@ mod exports;
 mod html;
 mod lines;
 mod plot;
+mod provenance;
 mod svg;
 pub mod sweep;
 mod verdict;
@@ -20,6 +21,7 @@ pub use beside::side_by_side;
 pub use card::card;
 pub use exports::exports;
 pub use html::page;
+pub use provenance::{provenance, sums};
 pub use verdict::judge;
 
 use crate::job::budget::BudgetReport;

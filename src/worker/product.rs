@@ -12,7 +12,15 @@ use crate::service::db::{Database, JobRow, Lease, NewArtifact, Tenant};
 use crate::service::store::{Store, epoch_prefix};
 
 /// What a run leaves in its workspace for people; all else is its own record.
-const FILES: [&str; 5] = ["profile.json", "selection.json", "eval.json", "report.json", "report.html"];
+const FILES: [&str; 7] = [
+    "profile.json",
+    "selection.json",
+    "eval.json",
+    "report.json",
+    "report.html",
+    "provenance.json",
+    "SHA256SUMS",
+];
 const DIRECTORIES: [&str; 5] = ["pruned", "healed", "adapter", "gguf", "plots"];
 /// The checkpoints a job may leave, the better one first.
 const CHECKPOINTS: [&str; 2] = ["healed", "pruned"];

@@ -57,7 +57,12 @@ impl Desk {
 
     fn evaluate(&self, spec: &EvalSpec) -> Result<EvalReport, String> {
         let place = |dir: &PathBuf| Place { dir: dir.clone(), digest: dir.display().to_string() };
-        let checkpoints = Checkpoints { base: place(&self.base), pruned: place(&self.pruned), healed: None };
+        let checkpoints = Checkpoints {
+            base: place(&self.base),
+            pruned: place(&self.pruned),
+            healed: None,
+            gguf: Vec::new(),
+        };
         let (items, workspace) = (self.rig.path("eval_items"), self.rig.workspace());
         evaluate(&checkpoints, spec, 3, &items, &workspace, self.rig.cx(Stage::Eval))
             .map_err(|e| e.to_string())

@@ -71,7 +71,7 @@ fn candles_loader_computes_from_the_file_what_we_compute_from_the_checkpoint() {
         let expected = ours(&dir, &ids);
         for (kind, tolerance) in [
             (GgufType::F16, 0.005),
-            (GgufType::Q8, 0.03),
+            (GgufType::Q8, 0.05),
             (GgufType::Q6K, 0.1),
             (GgufType::Q5K, 0.2),
             (GgufType::Q4K, 0.4),
@@ -140,7 +140,7 @@ fn the_weights_of_every_family_that_is_known_come_back_exactly() {
 
 #[test]
 fn a_run_exports_what_is_asked_and_measures_each_file() {
-    let bench = Bench::new(&wide());
+    let bench = Bench::new(&Tiny { tied: false, ..wide() });
     let spec = bench.spec_with("/export", json!({"gguf": ["f16", "q8_0", "q4_k", "q4_0"]}));
     bench.succeed(&spec, "out", &[]);
     let report: Report = serde_json::from_slice(&fs::read(bench.path("out/report.json")).unwrap()).unwrap();

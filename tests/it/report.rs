@@ -467,7 +467,7 @@ fn remarks_tell_of_items_that_were_healed_on_stand_twice_or_are_too_long() {
 #[test]
 fn a_model_card_has_front_matter_that_the_hub_can_read_and_nothing_that_differs_from_run_to_run() {
     let mut asked = report("tricky: \"name\" | *x*\n# y", (18..24).collect(), true);
-    let written = card(&asked);
+    let written = card(&asked, &[]);
     let (_, rest) = written.split_once("---\n").unwrap();
     let (front, body) = rest.split_once("---\n").unwrap();
     let front: serde_json::Value = serde_yaml_ng::from_str(front).unwrap();
@@ -490,7 +490,7 @@ fn a_model_card_has_front_matter_that_the_hub_can_read_and_nothing_that_differs_
         assert!(!body.contains(absent), "{absent}: {body}");
     }
     asked.spec.model = serde_json::from_value(json!({"from": "hub", "repo": "org/name"})).unwrap();
-    assert!(card(&asked).contains("\nbase_model: \"org/name\"\n"));
+    assert!(card(&asked, &[]).contains("\nbase_model: \"org/name\"\n"));
 }
 
 #[test]

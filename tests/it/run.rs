@@ -1,7 +1,7 @@
 //! `secateur run`: the whole road as one process.
 
 use std::fs;
-use std::process::Child;
+use std::process::{Child, Command};
 
 use secateur::job::progress::{Event, Stage};
 use secateur::job::report::{Decision, LayerProfile, LayerSelection, Report, Zone};
@@ -66,6 +66,26 @@ fn a_run_leaves_every_file_of_the_contract() {
         let found = secateur::engine::workspace::file_digest(&bench.path("out").join(path)).unwrap();
         assert_eq!(found, *digest, "{path}");
     }
+    // As anybody would check it.
+    let sums = Command::new("sha256sum")
+        .args(["--check", "--strict", "SHA256SUMS"])
+        .current_dir(bench.path("out"))
+        .output()
+        .unwrap();
+    assert!(sums.status.success(), "{}", stderr(&sums));
+    let statement = read("provenance.json");
+    assert_eq!(statement["predicateType"], "https://slsa.dev/provenance/v1");
+    let subjects = statement["subject"].as_array().unwrap();
+    assert!(subjects.iter().any(|s| s["name"] == format!("{}/README.md", shipped.path)), "{subjects:?}");
+    let made_from = &statement["predicate"]["buildDefinition"]["resolvedDependencies"];
+    assert_eq!(made_from[0]["digest"]["blake3"], report.model_digest);
+    assert_eq!(
+        made_from.as_array().unwrap().len(),
+        4,
+        "the model, and the texts it was cut, healed and judged by"
+    );
+    let card = fs::read_to_string(bench.path("out").join(&shipped.path).join("README.md")).unwrap();
+    assert!(card.contains("license: other\nlicense_link: LICENSE\n"), "{card}");
 }
 
 #[test]

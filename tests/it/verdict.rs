@@ -174,7 +174,7 @@ fn measured(change: impl Fn(&mut Weight)) -> (EvalReport, Decision) {
         ..EvalSpec::default()
     };
     let [base, pruned] = [base, pruned].map(|dir| Place { digest: dir.display().to_string(), dir });
-    let checkpoints = Checkpoints { base, pruned, healed: None };
+    let checkpoints = Checkpoints { base, pruned, healed: None, gguf: Vec::new() };
     let report =
         evaluate(&checkpoints, &spec, 5, &rig.path("items"), &rig.workspace(), rig.cx(Stage::Eval)).unwrap();
     let decision = judge(&report, &spec).decision;

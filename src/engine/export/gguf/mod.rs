@@ -12,6 +12,7 @@ pub use unpack::unpack;
 
 use crate::checkpoint::gguf::{Architecture, Value};
 use crate::engine::model::Checkpoint;
+use crate::engine::workspace::Workspace;
 use crate::engine::{Cx, Error, Result};
 use crate::job::report::GgufFile;
 use crate::job::spec::GgufType;
@@ -69,6 +70,24 @@ pub fn write(
         size_bytes,
         bits_per_weight: 8.0 * weights as f64 / checkpoint.parameters() as f64,
     })
+}
+
+/// Writes `checkpoint` to the workspace in each of `kinds`, all or none.
+///
+/// # Errors
+/// Those of [`write`].
+pub fn write_all(
+    checkpoint: &Checkpoint,
+    kinds: &[GgufType],
+    origin: &Origin,
+    workspace: &Workspace,
+    cx: Cx,
+) -> Result<Vec<GgufFile>> {
+    let part = workspace.part(GGUF)?;
+    let one = |kind: &GgufType| write(checkpoint, *kind, origin, &part.join(file_name(*kind)), cx);
+    let files = kinds.iter().map(one).collect::<Result<_>>()?;
+    workspace.publish(&part, GGUF)?;
+    Ok(files)
 }
 
 fn general(architecture: Architecture, kind: GgufType, origin: &Origin) -> Vec<(String, Value)> {
