@@ -87,6 +87,21 @@ mod hub {
     }
 }
 
+/// Host and port where the Hub is asked.
+#[cfg(feature = "hub")]
+#[must_use]
+pub fn hub_address() -> (String, u16) {
+    let api = hf_hub::api::sync::ApiBuilder::from_env().build().ok();
+    let url = api.map(|api| api.model("x".into()).url("x")).unwrap_or_default();
+    let (scheme, rest) = url.split_once("://").unwrap_or(("https", &url));
+    let host = rest.split('/').next().unwrap_or_default();
+    let usual = if scheme == "http" { 80 } else { 443 };
+    match host.rsplit_once(':') {
+        Some((host, port)) => (host.to_owned(), port.parse().unwrap_or(usual)),
+        None => (host.to_owned(), usual),
+    }
+}
+
 /// The Hugging Face Hub, through its cache (`HF_HOME`, `HF_ENDPOINT` and the stored token count).
 #[cfg(feature = "hub")]
 mod hub {

@@ -2,13 +2,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::options::{self, DataArgs, DatabaseArgs, LogArgs};
 use super::up::{self, ServeArgs};
-use crate::service::store::Store;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -34,7 +32,7 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
     let database = options::connect(args.database.required()?).await?;
     database.migrate().await?;
     let door = args.serve.open(&data, &database).await?;
-    let store = Store::open(data.join("store")).context("cannot open the store")?;
+    let store = args.data.store(&data)?;
     let background = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(up::serve(door, database.clone(), store, shutdown.clone(), background.clone()));

@@ -9,6 +9,7 @@ mod api;
 #[cfg(feature = "engine")]
 mod compare;
 mod completions;
+mod doctor;
 #[cfg(feature = "engine")]
 mod export;
 #[cfg(feature = "engine")]
@@ -98,6 +99,8 @@ enum Command {
     /// Let a checkpoint write a few words.
     #[cfg(feature = "engine")]
     Generate(generate::Args),
+    /// Look whether this machine has what is needed, and say what to do.
+    Doctor(doctor::Args),
     /// Bring the database schema up to date.
     #[cfg(feature = "service")]
     Migrate(migrate::Args),
@@ -131,6 +134,7 @@ pub fn main() -> ExitCode {
         Command::Prune(args) => prune::run(args),
         #[cfg(feature = "engine")]
         Command::Export(args) => export::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Models(args) => models::run(args),
         #[cfg(feature = "engine")]

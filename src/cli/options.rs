@@ -15,6 +15,7 @@ use crate::service::db::Database;
 use crate::service::http::ApiKey;
 use crate::service::local_pg::LocalPg;
 use crate::service::sinks::{self, Mlflow, Reach};
+use crate::service::store::Store;
 use crate::worker::{Settings, Shutdown};
 
 /// A request or a worker waits at most this long for a connection.
@@ -55,19 +56,34 @@ pub struct DataArgs {
     /// [default: /var/lib/secateur as root, else the XDG data directory]
     #[arg(long, env = "SECATEUR_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// Where finished files and uploads are kept; in the data directory when absent. Name a directory that all share
+    /// when API and workers run on several machines.
+    #[arg(long, env = "SECATEUR_STORE_DIR", value_name = "DIR")]
+    store_dir: Option<PathBuf>,
 }
 
 impl DataArgs {
+    /// The data directory, which may be missing.
+    pub fn place(&self) -> anyhow::Result<PathBuf> {
+        match &self.data_dir {
+            Some(directory) => Ok(directory.clone()),
+            None if rustix::process::geteuid().is_root() => Ok("/var/lib/secateur".into()),
+            None => home_data()
+                .context("neither XDG_DATA_HOME nor HOME says where to keep data; give --data-dir DIR"),
+        }
+    }
+
     /// The data directory, made when missing, as an absolute path.
     pub fn directory(&self) -> anyhow::Result<PathBuf> {
-        let directory = match &self.data_dir {
-            Some(directory) => directory.clone(),
-            None if rustix::process::geteuid().is_root() => "/var/lib/secateur".into(),
-            None => home_data()
-                .context("neither XDG_DATA_HOME nor HOME says where to keep data; give --data-dir DIR")?,
-        };
+        let directory = self.place()?;
         let made = std::fs::create_dir_all(&directory).and_then(|()| directory.canonicalize());
         made.with_context(|| format!("cannot use the data directory {}", directory.display()))
+    }
+
+    /// The store of finished files, for this data directory.
+    pub fn store(&self, data: &Path) -> anyhow::Result<Store> {
+        let directory = self.store_dir.clone().unwrap_or_else(|| data.join("store"));
+        Store::open(&directory).with_context(|| format!("cannot open the store {}", directory.display()))
     }
 }
 

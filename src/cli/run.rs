@@ -211,8 +211,14 @@ pub fn end(trouble: Trouble, observer: &dyn Observer) -> ExitCode {
     }
 }
 
+/// Opens the device `cuda:N`, or says why not.
+pub fn open_cuda(device: &str) -> Result<Device, String> {
+    let index = device.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0"));
+    let index = index.and_then(|i| i.parse::<usize>().ok()).ok_or("is no device known here")?;
+    Device::new_cuda(index).map_err(|e| format!("cannot be used ({e})"))
+}
+
 pub fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
-    let wrong = |message: String| Failure { kind: FailureKind::Device, stage: None, message };
     if device == "cpu" {
         return Ok(Compute::cpu(match precision {
             Precision::F32 => None,
@@ -220,12 +226,11 @@ pub fn compute(device: &str, precision: Precision) -> Result<Compute, Trouble> {
             Precision::Bf16 => Some(Rounding::Once),
         }));
     }
-    let index = device.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0"));
-    let Some(index) = index.and_then(|i| i.parse::<usize>().ok()) else {
-        return Err(wrong(format!("--device {device}: give `cpu` or `cuda:N`")).into());
-    };
-    let opened = Device::new_cuda(index)
-        .map_err(|e| wrong(format!("--device {device} cannot be used ({e}); try --device cpu")))?;
+    let opened = open_cuda(device).map_err(|why| Failure {
+        kind: FailureKind::Device,
+        stage: None,
+        message: format!("--device {device}: {why}; give `cpu` or `cuda:N`"),
+    })?;
     let dtype = match precision {
         Precision::Bf16 => DType::BF16,
         Precision::High | Precision::F32 => DType::F32,

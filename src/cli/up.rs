@@ -84,7 +84,7 @@ async fn work_and_serve(
     let database = options::connect(address).await?;
     database.migrate().await?;
     let door = args.serve.open(data, &database).await?;
-    let store = Store::open(data.join("store")).context("cannot open the store")?;
+    let store = args.data.store(data)?;
     let settings = args.work.settings(data)?;
     let devices = args.work.devices.clone();
     // Lives until all the others are done: they need the database to end in order.

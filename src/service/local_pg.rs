@@ -202,6 +202,19 @@ impl Postmaster {
     }
 }
 
+/// The programs that would serve the cluster in `home`, their version, and that there is somebody to run them as.
+///
+/// # Errors
+/// What is missing, and what to do.
+pub fn installed(home: &Path) -> Result<(PathBuf, String)> {
+    let programs = choose_programs(&home.join("data"), candidates())?;
+    let version = major_version(&programs).ok_or(Error::NotInstalled)?;
+    if geteuid().is_root() {
+        find_owner()?;
+    }
+    Ok((programs, version))
+}
+
 /// Where PostgreSQL's programs may be, best first.
 fn candidates() -> Vec<PathBuf> {
     if let Some(named) = std::env::var_os("SECATEUR_PG_BIN") {

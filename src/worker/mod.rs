@@ -138,6 +138,47 @@ pub async fn run(
     Ok(())
 }
 
+/// How a single turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// No job waits.
+    Idle,
+    /// The attempt has ended, and the job is left in this state.
+    Ended(JobState),
+    /// The job is another's by now.
+    Lost,
+}
+
+/// Works one job on `device` and leaves, or leaves when none comes within `wait`: for engines that start a process for
+/// each job. Several may share a data directory and a device's name, as each has its own of the devices there.
+///
+/// # Errors
+/// When the worker cannot start.
+pub async fn run_once(
+    database: Database,
+    store: Store,
+    settings: Settings,
+    device: &str,
+    wait: Duration,
+    shutdown: Shutdown,
+) -> Result<Turn, StartError> {
+    let seat = steward::take_some_seat(&settings.data, device)?;
+    let worker = Worker {
+        id: seat.id,
+        device: device.to_owned(),
+        database: database.clone(),
+        store: store.clone(),
+        settings: settings.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let stop = CancellationToken::new();
+    let steward = tokio::spawn(steward::Steward { database, store, settings, stop: stop.clone() }.serve());
+    let turn = worker.one(tokio::time::Instant::now() + wait).await;
+    stop.cancel();
+    steward.await.map_err(StartError::Died)?;
+    Ok(turn)
+}
+
 /// One device's worker.
 pub struct Worker {
     pub id: Uuid,
@@ -187,8 +228,8 @@ impl Worker {
         tracing::info!(device = self.device, worker = %self.id, "worker is ready");
         while !self.shutdown.drain.is_cancelled() {
             match self.turn().await {
-                Ok(true) => {}
-                Ok(false) => self.rest(&mut signals).await,
+                Ok(Turn::Ended(_) | Turn::Lost) => {}
+                Ok(Turn::Idle) => self.rest(&mut signals).await,
                 Err(error) => {
                     tracing::warn!(device = self.device, %error, "no work now");
                     self.rest(&mut signals).await;
@@ -216,6 +257,39 @@ impl Worker {
         }
     }
 
+    /// Works the first job that comes before `until`.
+    async fn one(&self, until: tokio::time::Instant) -> Turn {
+        let mut signals = self.database.signals();
+        let mut known = false;
+        let mut turn = Turn::Idle;
+        while !self.shutdown.drain.is_cancelled() {
+            let tried = async {
+                if !known {
+                    self.announce().await?;
+                }
+                known = true;
+                self.turn().await
+            };
+            match tried.await {
+                Ok(Turn::Idle) => {}
+                Ok(ended) => {
+                    turn = ended;
+                    break;
+                }
+                Err(error) => tracing::warn!(device = self.device, %error, "no work now"),
+            }
+            if tokio::time::Instant::now() >= until {
+                break;
+            }
+            // Not longer than there is time.
+            let _ = tokio::time::timeout_at(until, self.rest(&mut signals)).await;
+        }
+        if let Err(error) = self.database.worker_left(self.id).await {
+            tracing::debug!(%error, "left without a word");
+        }
+        turn
+    }
+
     /// Waits for a signal that there may be work, or for the time to look anyway.
     async fn rest(&self, signals: &mut broadcast::Receiver<Signal>) {
         let knock = async {
@@ -232,10 +306,10 @@ impl Worker {
         }
     }
 
-    /// Claims one job and runs one attempt of it. False when none waits.
-    pub async fn turn(&self) -> Result<bool, Error> {
+    /// Claims one job and runs one attempt of it.
+    pub async fn turn(&self) -> Result<Turn, Error> {
         let Some((lease, job)) = self.database.claim(self.id, self.settings.ttl).await? else {
-            return Ok(false);
+            return Ok(Turn::Idle);
         };
         let workspace = self.settings.data.join("work").join(job.id.to_string());
         telemetry::attempt_began(&self.device);
@@ -258,21 +332,25 @@ impl Worker {
             Err(_) => "lost",
         };
         telemetry::attempt_ended(&self.device, how);
-        match ended {
+        Ok(match ended {
             Ok(state) => {
                 tracing::info!(job = %job.id, epoch = job.epoch, %state, "attempt ended");
                 // One that failed or was cancelled may be tried again: its records stay for a time.
                 if state == JobState::Succeeded {
                     steward::remove_workspace(&workspace).await;
                 }
+                Turn::Ended(state)
             }
             Err(Error::LeaseLost) => {
                 telemetry::lease_lost();
                 tracing::warn!(job = %job.id, epoch = job.epoch, "the lease was lost; nothing is written");
+                Turn::Lost
             }
-            Err(error) => tracing::error!(job = %job.id, epoch = job.epoch, %error, "attempt not ended"),
-        }
-        Ok(true)
+            Err(error) => {
+                tracing::error!(job = %job.id, epoch = job.epoch, %error, "attempt not ended");
+                Turn::Lost
+            }
+        })
     }
 
     /// The spec as the child shall read it, its workspace made.

@@ -58,6 +58,21 @@ pub fn take_seat(data: &Path, device: &str) -> Result<Seat, StartError> {
     Ok(Seat { id, _lock: lock })
 }
 
+/// Workers of one device's name that may share a data directory.
+const SEATS: u32 = 256;
+
+/// Takes a place at `device` that nobody has.
+pub fn take_some_seat(data: &Path, device: &str) -> Result<Seat, StartError> {
+    let mut taken = take_seat(data, device);
+    for n in 2..=SEATS {
+        if !matches!(taken, Err(StartError::DeviceTaken { .. })) {
+            break;
+        }
+        taken = take_seat(data, &format!("{device}.{n}"));
+    }
+    taken
+}
+
 /// Removes the workspace of a job that has ended.
 pub async fn remove_workspace(workspace: &Path) {
     let path = workspace.to_owned();

@@ -39,6 +39,8 @@ mod damage;
 mod dashboard;
 #[cfg(feature = "service")]
 mod db;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod doctor;
 #[cfg(feature = "engine")]
 mod eval;
 mod examples;

@@ -12,7 +12,7 @@ use secateur::job::state::JobState;
 use secateur::service::db::{Database, Dead, Entry, JobRow, Limits, NewJob, Tenant, UploadRow};
 use secateur::service::local_pg::LocalPg;
 use secateur::service::store::{Store, upload_prefix};
-use secateur::worker::{self, Settings, Shutdown, StartError};
+use secateur::worker::{self, Settings, Shutdown, StartError, Turn};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -452,5 +452,54 @@ async fn what_no_job_needs_is_swept() {
         fs::create_dir_all(directory.path().join("work").join(orphan.to_string())).unwrap();
     });
     shop.gone(&shop.workspace(orphan)).await;
+    shop.close().await;
+}
+
+/// A worker for one job, on a fresh database, beside `shop`'s files.
+async fn once(shop: &Shop, wait: Duration, shutdown: &Shutdown) -> Turn {
+    let store = Store::open(shop.store()).unwrap();
+    let (database, settings) = (shop.database.clone(), shop.settings.clone());
+    worker::run_once(database, store, settings, "cpu", wait, shutdown.clone()).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_worker_for_one_job_works_it_and_leaves_the_next_one() {
+    let shop = Shop::open().await;
+    // The other worker of this data directory is busy, and stays out of the way.
+    let busy = shop.submit("slow").await;
+    shop.file(&shop.workspace(busy).join("ready")).await;
+    let (first, second) = (shop.submit("data").await, shop.submit("succeed").await);
+    let long = Duration::from_secs(30);
+    assert_eq!(once(&shop, long, &Shutdown::default()).await, Turn::Ended(JobState::Failed));
+    assert_eq!(shop.end(first).await.state, JobState::Failed);
+    assert_eq!(once(&shop, long, &Shutdown::default()).await, Turn::Ended(JobState::Succeeded));
+    assert_eq!(shop.end(second).await.state, JobState::Succeeded);
+    assert_eq!(once(&shop, Duration::from_millis(100), &Shutdown::default()).await, Turn::Idle);
+    fs::write(shop.workspace(busy).join("go"), "").unwrap();
+    assert_eq!(shop.end(busy).await.state, JobState::Succeeded);
+    assert_eq!(shop.database.workers().await.unwrap().len(), 1, "who has left is not listed");
+    shop.close().await;
+}
+
+#[tokio::test]
+async fn a_worker_for_one_job_that_is_told_to_stop_gives_it_back_and_another_goes_on() {
+    let shop = Shop::open().await;
+    let busy = shop.submit("slow").await;
+    shop.file(&shop.workspace(busy).join("ready")).await;
+    let id = shop.submit("slow").await;
+    let shutdown = Shutdown::default();
+    let stop = async {
+        shop.file(&shop.workspace(id).join("ready")).await;
+        shutdown.drain.cancel();
+    };
+    let (turn, ()) = tokio::join!(once(&shop, Duration::from_secs(30), &shutdown), stop);
+    assert_eq!(turn, Turn::Ended(JobState::Queued));
+    fs::write(shop.workspace(id).join("go"), "").unwrap();
+    let turn = once(&shop, Duration::from_secs(30), &Shutdown::default()).await;
+    assert_eq!(turn, Turn::Ended(JobState::Succeeded));
+    let row = shop.end(id).await;
+    assert_eq!((row.state, row.attempt), (JobState::Succeeded, 1), "giving it back costs no attempt");
+    fs::write(shop.workspace(busy).join("go"), "").unwrap();
+    shop.end(busy).await;
     shop.close().await;
 }
