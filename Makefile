@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-peers bench-peers sanitize openapi clean-demo
+.PHONY: help demo test check check-peers bench-peers sanitize openapi sbom clean-demo
 
 binary = $(or $(CARGO_TARGET_DIR),target)/release/secateur
 
@@ -50,6 +50,10 @@ openapi:
 	mkdir -p openapi
 	cargo run --locked -- openapi > openapi/openapi.json.new
 	mv openapi/openapi.json.new openapi/openapi.json
+
+## make sbom        a bill of materials of the release, CycloneDX JSON, on standard output
+sbom:
+	@scripts/sbom.sh
 
 ## make clean-demo  remove what the demo left
 clean-demo:

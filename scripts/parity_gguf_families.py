@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden"
 # What goes beside what is compared: the rotation of the one, the norms of queries and keys of the other.
-CHANGED = {"llama_yarn": {"hidden_act": "silu"}, "qwen3": {"attention_bias": False}}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+CHANGED = {"llama_yarn": {"hidden_act": "silu", "rope_parameters": YARN}, "qwen3": {"attention_bias": False}}
 TOLERANCE = 0.01  # nats per token; weights are rounded to f16, the cache to f16
 
 

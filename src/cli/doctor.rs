@@ -139,9 +139,8 @@ fn device(name: &str) -> Finding {
         return finding("device", Health::Good, "cpu");
     }
     #[cfg(feature = "engine")]
-    let opened = match super::run::open_cuda(name) {
-        Ok(_) => return finding("device", Health::Good, name),
-        Err(why) => why,
+    let Err(opened) = super::run::open_cuda(name) else {
+        return finding("device", Health::Good, name);
     };
     #[cfg(not(feature = "engine"))]
     let opened = "this program has no engine";

@@ -18,7 +18,7 @@ use crate::job::spec::GgufType;
 pub struct Args {
     /// Hugging Face directory of the model.
     model: PathBuf,
-    /// Type of the file: f16, bf16, q8_0, q6_k, q5_k, q4_k or q4_0.
+    /// Type of the file: `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k`, `q4_k` or `q4_0`.
     #[arg(long = "type", value_name = "TYPE", value_parser = kind)]
     kind: GgufType,
     /// New file.

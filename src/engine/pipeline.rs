@@ -2,6 +2,7 @@
 //! Each stage is done once for the same inputs, however often the road is walked.
 
 mod budget;
+mod results;
 mod rounds;
 mod wanted;
 
@@ -17,27 +18,21 @@ use super::heal::{self, ADAPTER, HEALED, Wound};
 use super::model::{Checkpoint, Compute};
 use super::prune::{Cut, PRUNED};
 use super::select::{Measured, Oracle, Oracles};
-use super::workspace::{Recorded, Workspace, file_digest, write_atomic, write_json};
+use super::workspace::{Recorded, Workspace};
 use super::{Cx, Error, Result, eval, profile, select};
-use crate::checkpoint::licence::licence;
 use crate::job::budget::BudgetReport;
 use crate::job::progress::{Observer, Stage};
 use crate::job::report::{
-    Ablation, CheckpointRef, Decision, EvalReport, FailureKind, GgufFile, HealReport, LayerProfile,
-    LayerSelection, Report, StageSummary, Zone,
+    Ablation, CheckpointRef, EvalReport, GgufFile, HealReport, LayerProfile, LayerSelection, Report,
+    StageSummary, Zone,
 };
 use crate::job::spec::{
-    Corpus, DamageSpec, Gates, HealMethod, JobSpec, ModelSource, OnReject, OverlapPolicy, PruneAmount, Share,
+    Corpus, DamageSpec, Gates, HealMethod, JobSpec, ModelSource, OverlapPolicy, PruneAmount, Share,
 };
-use crate::report::{Findings, card, page, plots, provenance, sums};
+use crate::report::Findings;
 
 /// Directory of a workspace with the answer to every evaluation item.
 const ITEMS: &str = "items";
-/// Directory of a workspace with the report's plots.
-const PLOTS: &str = "plots";
-/// What was made of what, and the digests of all that was made.
-const PROVENANCE: &str = "provenance.json";
-const SUMS: &str = "SHA256SUMS";
 
 /// One run of one job.
 pub struct Run<'a> {
@@ -435,31 +430,6 @@ impl Run<'_> {
         Ok(recorded)
     }
 
-    /// The checkpoint to ship as GGUF, in each type that is asked for.
-    fn export(
-        &self,
-        workspace: &Workspace,
-        model_digest: &str,
-        shipped: &CheckpointRef,
-        dropped: &[u32],
-    ) -> Result<Recorded<Vec<GgufFile>>> {
-        let (cx, kinds) = (self.cx(Stage::Export), &self.local.export.gguf);
-        let name = self.asked.title();
-        let inputs = (&shipped.digest, kinds, &name, model_digest, dropped);
-        let recorded = workspace.once(cx, &inputs, |_| {
-            if kinds.is_empty() {
-                return Ok((Vec::new(), Vec::new()));
-            }
-            let checkpoint = Checkpoint::open(&workspace.dir().join(&shipped.path))?;
-            let origin = gguf::Origin { name: &name, cut: Some((model_digest, dropped)) };
-            Ok((gguf::write_all(&checkpoint, kinds, &origin, workspace, cx)?, vec![gguf::GGUF.to_owned()]))
-        })?;
-        if kinds.is_empty() {
-            workspace.retract(gguf::GGUF)?;
-        }
-        Ok(recorded)
-    }
-
     fn eval(
         &self,
         workspace: &Workspace,
@@ -527,53 +497,6 @@ impl Run<'_> {
         corpora.map(|corpus| Ok((data::label(corpus), data::digest(corpus)?))).collect()
     }
 
-    /// Name and content of every text of the job.
-    fn texts(&self) -> Result<Vec<(String, String)>> {
-        let mut spec = self.local.clone();
-        let of = |(_, corpus): (String, &mut Corpus)| Ok((data::label(corpus), data::digest(corpus)?));
-        spec.corpora_mut().into_iter().map(of).collect()
-    }
-
-    /// Fails a job whose result is rejected, where it is to; all its files are written by now.
-    fn accept(&self, report: &Report) -> Result<()> {
-        match (self.local.eval.on_reject, &report.verdict) {
-            (OnReject::Fail, Some(verdict)) if verdict.decision == Decision::Reject => Err(Error::new(
-                FailureKind::Rejected,
-                format!(
-                    "the {} checkpoint is rejected, and eval.on_reject is \"fail\": {}",
-                    verdict.checkpoint,
-                    verdict.reasons.join(" ")
-                ),
-            )),
-            (OnReject::Fail | OnReject::Report, _) => Ok(()),
-        }
-    }
-
-    fn report(&self, workspace: &Workspace, findings: Findings, stages: &[StageSummary]) -> Result<Report> {
-        let cx = self.cx(Stage::Report);
-        let report = findings.report();
-        let (licence, texts) = (licence(self.base.dir()), self.texts()?);
-        let recorded = workspace.once(cx, &(&report, &licence, &texts), |_| {
-            write_atomic(&workspace.dir().join("report.html"), page(&report, stages).as_bytes())?;
-            let part = workspace.part(PLOTS)?;
-            for (name, svg) in plots(&report) {
-                write_atomic(&part.join(name), svg.as_bytes())?;
-            }
-            workspace.publish(&part, PLOTS)?;
-            let shipped = healed_or_pruned(&report);
-            let card_path = format!("{}/README.md", shipped.path);
-            write_atomic(&workspace.dir().join(&card_path), card(&report, &licence).as_bytes())?;
-            let mut files = report.files.clone();
-            files.insert(card_path.clone(), file_digest(&workspace.dir().join(&card_path))?);
-            write_json(&workspace.dir().join(PROVENANCE), &provenance(&report, &files, &texts))?;
-            files.insert(PROVENANCE.to_owned(), file_digest(&workspace.dir().join(PROVENANCE))?);
-            write_atomic(&workspace.dir().join(SUMS), sums(&files).as_bytes())?;
-            let left = ["report.html", PLOTS, &card_path, PROVENANCE, SUMS];
-            Ok((report.clone(), left.map(String::from).to_vec()))
-        })?;
-        Ok(recorded.value)
-    }
-
     /// Notes the stage, and says whether the road ends here.
     fn ends<T>(&self, stage: Stage, done: &Recorded<T>, stages: &mut Vec<StageSummary>) -> bool {
         stages.push(StageSummary { stage, reused: done.reused, duration_ms: done.duration_ms });
@@ -583,11 +506,6 @@ impl Run<'_> {
     fn cx(&self, stage: Stage) -> Cx<'_> {
         Cx { stage, compute: self.compute, observer: self.observer }
     }
-}
-
-/// The checkpoint to ship.
-fn healed_or_pruned(report: &Report) -> &CheckpointRef {
-    report.heal.iter().rev().find_map(|heal| heal.checkpoint.as_ref()).unwrap_or(&report.pruned)
 }
 
 /// `spec` by what it names: not where that lies, nor how the job is called.

@@ -161,6 +161,8 @@ fn probe_dir(workspace: &Workspace, layers: u32, of: ProbeOf) -> PathBuf {
 fn asked_of_probe(spec: &JobSpec, budget: Budget, layers: u32, of: ProbeOf) -> JobSpec {
     let mut spec = spec.clone();
     spec.prune.amount = Some(PruneAmount::Layers(layers));
+    // Promises are kept by the checkpoint, not by its files of fewer bits.
+    spec.export.gguf.clear();
     let confidence = spec.eval.gates.confidence;
     match of {
         ProbeOf::Quality => {

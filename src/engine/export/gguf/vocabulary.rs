@@ -18,7 +18,7 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
-/// SentencePiece's sign for a space.
+/// `SentencePiece`'s sign for a space.
 const SPACE: &str = "\u{2581}";
 
 /// How a model's tokens are made of text.
@@ -26,7 +26,7 @@ const SPACE: &str = "\u{2581}";
 enum Kind {
     /// Of bytes, after text was cut into words; how that is done goes by this name.
     Bytes(&'static str),
-    /// Of characters, as SentencePiece does, with or without a space put before a text.
+    /// Of characters, as `SentencePiece` does, with or without a space put before a text.
     Characters { space: bool },
 }
 
@@ -221,7 +221,7 @@ impl Vocabulary {
         self.tokens.iter().position(|known| known == token).map(|id| id as u32)
     }
 
-    /// SentencePiece puts together first what has the highest score: what is merged first. A character is not made by
+    /// `SentencePiece` puts together first what has the highest score: what is merged first. A character is not made by
     /// merging; its score is of no account.
     fn scores(&self) -> Vec<f32> {
         let mut first: BTreeMap<String, usize> = BTreeMap::new();
@@ -243,7 +243,7 @@ fn is_byte(token: &str) -> bool {
     digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())
 }
 
-/// "a b", or ["a", "b"] in newer files.
+/// One text, or a list of two in newer files.
 fn read_merge(merge: &Json) -> Option<[String; 2]> {
     let pair = match merge {
         Json::String(text) => {
