@@ -61,6 +61,7 @@ const ENOUGH_DISK_BYTES: u64 = 20 * GIB;
 const LEAST_DISK_BYTES: u64 = GIB;
 const ENOUGH_MEMORY_BYTES: u64 = 4 * GIB;
 /// Leases and signatures of requests bear a few seconds.
+#[cfg(feature = "service")]
 const CLOCK_DOUBTFUL_SECONDS: f64 = 5.0;
 
 // Every command has this shape.
