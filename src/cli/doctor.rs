@@ -116,13 +116,12 @@ fn processor() -> Finding {
 }
 
 fn memory() -> Finding {
-    #[cfg(feature = "engine")]
-    let free = crate::engine::model::memory::available_bytes();
-    #[cfg(not(feature = "engine"))]
-    let free: Option<u64> = None;
     let info = rustix::system::sysinfo();
     let total = u64::from(info.mem_unit).saturating_mul(info.totalram as u64);
-    let free = free.unwrap_or(total);
+    #[cfg(feature = "engine")]
+    let free = crate::engine::model::memory::available_bytes().unwrap_or(total);
+    #[cfg(not(feature = "engine"))]
+    let free = total;
     let said = format!("{} free of {}", gigabytes(free), gigabytes(total));
     if free >= ENOUGH_MEMORY_BYTES {
         return finding("memory", Health::Good, said);
