@@ -228,7 +228,9 @@ async fn a_job_whose_child_worker_and_service_are_killed_in_turn_ends_with_the_s
 
     for stage in database.stages(TENANT, id).await.unwrap() {
         assert_eq!(stage.state, StageState::Finished);
-        assert_eq!(stage.reused, stage.stage < Stage::Heal, "{stage:?}");
+        // That there is nothing to export, the job before has found out.
+        let known = stage.stage < Stage::Heal || stage.stage == Stage::Export;
+        assert_eq!(stage.reused, known, "{stage:?}");
     }
     log(&database, id).await;
     let told = database.events_after(TENANT, id, 0, &[], 100_000).await.unwrap();

@@ -73,10 +73,10 @@ containers:
       {{- end }}
     env:
       {{- include "secateur.databaseEnv" .root | nindent 6 }}
-      - {name: SECATEUR_DATA_DIR, value: /work}
+      - {name: SECATEUR_DATA_DIR, value: /scratch}
       - {name: SECATEUR_STORE_DIR, value: /store}
       - {name: SECATEUR_LOG_FORMAT, value: json}
-      - {name: HF_HOME, value: /work/hub}
+      - {name: HF_HOME, value: /scratch/hub}
       # Enough to stop at a seam, and still to give the job back before SIGKILL.
       - {name: SECATEUR_STOP_GRACE_MS, value: {{ mul (sub $v.worker.graceSeconds 30) 1000 | quote }}}
       {{- with $v.worker.env }}
@@ -85,7 +85,7 @@ containers:
     securityContext: {{- include "secateur.containerSecurity" .root | nindent 6 }}
     resources: {{- toYaml $v.worker.resources | nindent 6 }}
     volumeMounts:
-      - {name: work, mountPath: /work}
+      - {name: work, mountPath: /scratch}
       - {name: store, mountPath: /store}
       - {name: tmp, mountPath: /tmp}
       {{- if $v.models.existingClaim }}
