@@ -13,7 +13,8 @@ const {getLlama} = await import(pathToFileURL(require.resolve("node-llama-cpp"))
 const asked = JSON.parse(readFileSync(0, "utf8"));
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const model = await llama.loadModel({modelPath: asked.model});
-const context = await model.createContext({contextSize: 1024, sequences: 1});
+// One thread: several wait for each other by spinning, which is slow where others compute as well.
+const context = await model.createContext({contextSize: 1024, sequences: 1, threads: 1});
 const sequence = context.getSequence();
 
 const AT_ONCE = 32;

@@ -32,7 +32,7 @@ TOLERANCE = {"F32": 1e-6, "F16": 1e-3, "BF16": 4e-3, "Q8_0": 0.01, "Q6_K": 0.025
 OUR_TOLERANCE = 5e-3
 LLAMA_CPP_TOLERANCE = {"f16": 2e-3, "bf16": 2e-3}
 # llama.cpp gives the probabilities of the whole vocabulary, which takes its time.
-LLAMA_CPP_WINDOWS = 1
+LLAMA_CPP_WINDOWS = 3
 TEXTS = [
     "Hello, world!", " leading", "trailing ", "12345 and 3.14", "tabs\tand\nnew\n\nlines", "don't I'll we've",
     "naïve café – “quotes”", "日本語のテキスト", "🙂👍🏽 family 👨‍👩‍👧", "x" * 50, "   spaces    between   ",
@@ -132,7 +132,7 @@ def main():
         other = [t for t, a, b in zip(texts, tokens, theirs["tokens"]) if a != b]
         same = sum(a == b for a, b in zip(greedy, theirs["written"]))
         print(f"{path.name}: perplexity {perplexity(reference):.3f} by transformers on these weights, {ours:.3f} by secateur "
-              f"({of_ours:+.3%}); llama.cpp on the first window {of_theirs:+.3%}")
+              f"({of_ours:+.3%}); llama.cpp on the first windows {of_theirs:+.3%}")
         print(f"    {len(texts) - len(other)} of {len(texts)} texts cut into the same tokens; {same} of {len(greedy)} "
               f"greedy tokens as the checkpoint in transformers: {tokenizer.decode(theirs['written'])!r}")
         good &= not other and abs(of_ours) <= OUR_TOLERANCE
