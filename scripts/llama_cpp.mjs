@@ -39,7 +39,7 @@ if (asked.prompt) {
         if (written.length === asked.tokens) break;
     }
 }
-const tokens = (asked.texts ?? []).map((text) => model.tokenize(text, false));
+const tokens = (asked.texts ?? []).map((text) => model.tokenize(text, true));
 process.stdout.write(JSON.stringify({tokens, nll, written}) + "\n");
 await llama.dispose();
 process.exit(0);
