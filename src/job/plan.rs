@@ -103,14 +103,14 @@ impl Plan {
         let mut planner = Planner { spec, facts, anatomy, bytes_of, notes: Vec::new() };
         let (least_layers, most_layers) = planner.layers();
         let middle = least_layers.midpoint(most_layers);
-        let stages: Vec<StagePlan> = [
+        let stages = vec![
             planner.profile(),
             planner.select(middle),
             planner.prune(middle),
             planner.heal(middle),
+            planner.export(middle),
             planner.eval(middle),
-        ]
-        .into();
+        ];
         let stages = planner.as_often(stages, most_layers - least_layers);
         let base = Footprint {
             layer_count: facts.layer_count,
@@ -431,6 +431,18 @@ impl Planner<'_> {
         (0.6 * both + more, self.forward_bytes(1.0) + self.left(n).size_bytes + 3 * self.stream_bytes(tokens))
     }
 
+    /// Each file is written, and its weights once more in float32 while it is measured.
+    fn export(&self, n: u32) -> StagePlan {
+        let parameters = self.left(n).parameters as f64;
+        let bytes = self.spec.export.gguf.iter().map(|kind| parameters * kind.bits_per_weight() / 8.0);
+        let written: f64 = bytes.sum();
+        let measured = if written > 0.0 { 4.0 * parameters } else { 0.0 };
+        StagePlan {
+            disk_bytes: (written + measured) as u64,
+            ..Self::stage(Stage::Export, 0.0, PROGRAM_BYTES)
+        }
+    }
+
     fn items(&mut self, tasks: &[TaskSpec]) -> f64 {
         tasks.iter().fold(0.0, |sum, task| {
             let what = format!("the task {}", task.task);
@@ -459,6 +471,10 @@ impl Planner<'_> {
         let tokens = Tokens { through: overlap * text + items, head: overlap * text + items / 4.0 };
         let healed = !self.spec.heal.is_empty();
         let shares = [Some(1.0), Some(self.share(n)), healed.then_some(self.share(n))];
+        for _ in &self.spec.export.gguf {
+            // A file's weights are measured on the texts alone.
+            stage.flops += self.forward(Tokens::all(overlap * text), self.share(n));
+        }
         for share in shares.into_iter().flatten() {
             stage.flops += self.forward(tokens, share);
             if let Some(g) = &self.spec.eval.generation {

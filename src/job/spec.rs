@@ -343,6 +343,19 @@ impl GgufType {
             Self::Q4 => "q4_0",
         }
     }
+
+    /// Bits for a weight, its share of the scales included; mixtures by what they come to as a rule.
+    #[must_use]
+    pub const fn bits_per_weight(self) -> f64 {
+        match self {
+            Self::F16 | Self::Bf16 => 16.0,
+            Self::Q8 => 8.5,
+            Self::Q6K => 6.56,
+            Self::Q5K => 5.7,
+            Self::Q4K => 4.9,
+            Self::Q4 => 4.5,
+        }
+    }
 }
 
 /// Floating-point types a checkpoint can be written in.

@@ -55,10 +55,15 @@ fn the_more_is_asked_the_more_a_plan_says_it_takes() {
     assert!(more("/calibration/samples", json!(6))[0] < base[0]);
     assert!(more("/prune/strategy", json!("greedy_damage"))[1] > base[1]);
     assert!(more("/heal", json!([]))[3] == 0.0 && base[3] > 0.0);
-    assert!(more("/eval/generation", json!(null))[4] < base[4]);
+    assert!(more("/eval/generation", json!(null))[5] < base[5]);
+    assert!(more("/export", json!({"gguf": ["f16"]}))[5] > base[5]);
+    let disk = |kinds: Value| {
+        planned(&bench, &bench.spec_with("/export", json!({"gguf": kinds}))).stages[4].disk_bytes
+    };
+    assert!(disk(json!([])) == 0 && disk(json!(["q8_0"])) < disk(json!(["f16"])));
     // Fewer layers left, less to train and to measure.
     let fewer = more("/prune/amount", json!({"layers": 4}));
-    assert!(fewer[3] < base[3] && fewer[4] < base[4]);
+    assert!(fewer[3] < base[3] && fewer[5] < base[5]);
 }
 
 #[test]

@@ -69,7 +69,7 @@ impl<'a> Course<'a> {
         Ok(Self { source, bits, training, windows, teacher, seed: wound.spec.seed, scratch, cx })
     }
 
-    /// Trains, as [`Steps::take`].
+    /// Trains, and can be stopped and gone on with at every step.
     pub fn run(mut self, trainables: Trainables) -> Result<Trained> {
         let Self { training, cx, .. } = self;
         let frozen = Decoder::open_frozen(self.source, cx.compute, self.bits)?;

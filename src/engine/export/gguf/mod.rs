@@ -75,7 +75,7 @@ pub fn write(
 /// Writes `checkpoint` to the workspace in each of `kinds`, all or none.
 ///
 /// # Errors
-/// Those of [`write`].
+/// Those of [`write()`].
 pub fn write_all(
     checkpoint: &Checkpoint,
     kinds: &[GgufType],
