@@ -105,7 +105,7 @@ impl Run<'_> {
     ) -> Result<Option<Findings>> {
         let Some(cut) = self.cut(workspace, model_digest, stages)? else { return Ok(None) };
         let Cutting { profile, selection, pruned, heal } = cut;
-        let healed = heal.value.iter().rev().find_map(|h| h.checkpoint.as_ref());
+        let healed = healed(&heal.value);
         let dropped = &selection.value.dropped;
         let gguf = self.export(workspace, model_digest, healed.unwrap_or(&pruned.value), dropped)?;
         if self.ends(Stage::Export, &gguf, stages) {
@@ -517,6 +517,11 @@ fn spec_by_content(spec: &JobSpec) -> Result<JobSpec> {
     (spec.name, spec.labels) = Default::default();
     spec.model = ModelSource::Path { path: String::new() };
     Ok(spec)
+}
+
+/// The checkpoint that the last method which helped left.
+fn healed(heal: &[HealReport]) -> Option<&CheckpointRef> {
+    heal.iter().rev().find_map(|heal| heal.checkpoint.as_ref())
 }
 
 /// A corpus by what it holds, not by where it lies.

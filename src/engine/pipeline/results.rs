@@ -1,6 +1,6 @@
 //! What leaves a run: GGUF files, the report, and what proves where all of it comes from.
 
-use super::Run;
+use super::{Run, healed};
 use crate::checkpoint::licence::licence;
 use crate::engine::export::gguf;
 use crate::engine::model::Checkpoint;
@@ -98,5 +98,5 @@ impl Run<'_> {
 
 /// The checkpoint to ship.
 fn healed_or_pruned(report: &Report) -> &CheckpointRef {
-    report.heal.iter().rev().find_map(|heal| heal.checkpoint.as_ref()).unwrap_or(&report.pruned)
+    healed(&report.heal).unwrap_or(&report.pruned)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Cutting, Run, spec_by_content};
+use super::{Cutting, Run, healed, spec_by_content};
 use crate::engine::heal::{ADAPTER, HEALED};
 use crate::engine::model::Checkpoint;
 use crate::engine::workspace::{Recorded, Workspace};
@@ -100,8 +100,7 @@ impl Run<'_> {
             };
             let cut = run.cut(&own, &digest, &mut Vec::new())?;
             let cut = cut.ok_or_else(|| Error::bug("a round ended before its cut"))?;
-            let healed = cut.heal.value.iter().rev().find_map(|heal| heal.checkpoint.as_ref());
-            let result = healed.unwrap_or(&cut.pruned.value).clone();
+            let result = healed(&cut.heal.value).unwrap_or(&cut.pruned.value).clone();
             let dir = own.dir().join(&result.path);
             digest.clone_from(&result.digest);
             let place = format!("{name}/{}", result.path);

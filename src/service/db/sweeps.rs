@@ -109,6 +109,23 @@ impl Database {
         Ok((rows, more))
     }
 
+    /// How many jobs of each of the sweeps are in each state; without one are those that were deleted.
+    pub async fn sweep_states(
+        &self,
+        tenant: Tenant,
+        ids: &[Uuid],
+    ) -> Result<Vec<(Uuid, Option<JobState>, i64)>> {
+        let rows = sqlx::query_as(
+            "select r.sweep_id, j.state, count(*) from sweep_rows r left join jobs j on j.id = r.job_id
+             where r.tenant_id = $1 and r.sweep_id = any ($2) group by 1, 2",
+        )
+        .bind(tenant)
+        .bind(ids)
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows)
+    }
+
     pub async fn sweep_jobs(&self, tenant: Tenant, id: Uuid) -> Result<Vec<SweepJob>> {
         let rows = sqlx::query_as(
             "select r.position, r.job_id, j.state, j.failure, r.outcome

@@ -18,6 +18,7 @@ use super::job::Job;
 use super::jobs::{job_row, shown, tagged};
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
+use crate::job::plan::Plan;
 use crate::job::spec::{Corpus, JobSpec, ModelSource};
 use crate::job::state::JobState;
 use crate::service::db::{Database, Inserted, JobRow, NewJob, Once, Tenant, WorkerRow};
@@ -140,6 +141,7 @@ async fn submit(
         return settle(state, tenant, before).await;
     }
     let Admitted { spec, plan } = admit(state, tenant, job.spec).await?;
+    let plan = on_fastest(plan, &state.database.workers().await?);
     let job = NewJob { spec, plan, ..job };
     let inserted = match &once {
         Some(once) => state.database.job_insert_once(tenant, &job, once).await?,
@@ -183,15 +185,17 @@ pub(super) async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -
     let uploads = check_uploads(&state.database, tenant, &mut spec).await?;
     let roots = state.roots.clone();
     let admitted = tokio::task::spawn_blocking(move || admission::admit(spec, &roots, &uploads)).await;
-    let admitted = admitted.map_err(Problem::internal)?.map_err(Problem::spec)?;
-    let workers = state.database.workers().await?;
+    admitted.map_err(Problem::internal)?.map_err(Problem::spec)
+}
+
+/// The plan on the fastest of the workers, where one has told how fast it is.
+pub(super) fn on_fastest(plan: Option<Plan>, workers: &[WorkerRow]) -> Option<Plan> {
     let machines = workers.iter().filter_map(WorkerRow::machine);
     let fastest = machines.max_by(|a, b| a.flops_per_s.total_cmp(&b.flops_per_s));
-    let plan = admitted.plan.map(|plan| match fastest {
+    plan.map(|plan| match fastest {
         Some(machine) => plan.on(machine),
         None => plan,
-    });
-    Ok(Admitted { plan, ..admitted })
+    })
 }
 
 /// A model that another job is to have left.

@@ -62,6 +62,31 @@ struct JobPath {
     id: String,
 }
 
+/// Which page of a list, newest first: `limit` and `after` of a query that takes nothing else.
+pub struct Newest {
+    pub size: u32,
+    pub after: Option<Uuid>,
+}
+
+const DEFAULT_PAGE: u32 = 20;
+
+impl<S: Send + Sync> FromRequestParts<S> for Newest {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Pairs(query) = Pairs::from_request_parts(parts, state).await?;
+        let mut page = Self { size: DEFAULT_PAGE, after: None };
+        for (name, value) in query {
+            match name.as_str() {
+                "limit" => page.size = limit(&value, 100)?,
+                "after" => page.after = Some(parameter("after", &value)?),
+                _ => return Err(Pairs::unknown(&name, "limit, after")),
+            }
+        }
+        Ok(page)
+    }
+}
+
 /// The query string as it came: names may repeat.
 pub struct Pairs(pub Vec<(String, String)>);
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::AppState;
 use super::admission::Admitted;
 use super::auth::Caller;
-use super::create::{MAX_SPEC_BYTES, admit};
+use super::create::{MAX_SPEC_BYTES, admit, on_fastest};
 use super::extract::JsonBody;
 use super::problem::{Problem, ProblemBody};
 use crate::job::plan::Plan;
@@ -89,6 +89,7 @@ async fn create(
     let spec = JobSpec::read(body).map_err(Problem::spec)?;
     let Admitted { spec, plan } = admit(&state, tenant, spec).await?;
     let workers = state.database.workers().await?;
+    let plan = on_fastest(plan, &workers);
     let (jobs_ahead, seconds_ahead) = state.database.queue().await?;
     let mut reusable = Vec::new();
     // What decides what is measured; where a job says nothing of it, both say the same nothing.

@@ -16,8 +16,8 @@ use uuid::Uuid;
 use super::AppState;
 use super::admission::Admitted;
 use super::auth::Caller;
-use super::create::{MAX_SPEC_BYTES, REPLAYED, admit, once, reused};
-use super::extract::{JobId, JsonBody, Pairs, limit, parameter, prefers};
+use super::create::{MAX_SPEC_BYTES, REPLAYED, admit, on_fastest, once, reused};
+use super::extract::{JobId, JsonBody, Newest, prefers};
 use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
@@ -26,8 +26,6 @@ use crate::job::state::JobState;
 use crate::job::sweep::{Child, Outcome, SweepReport, SweepSpec, mark_front};
 use crate::report::sweep::page;
 use crate::service::db::{Error, Inserted, NewJob, SweepJob, SweepRow, Tenant};
-
-const DEFAULT_PAGE: u32 = 20;
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -161,22 +159,16 @@ async fn create(
 async fn list(
     State(state): State<AppState>,
     Extension(Caller(tenant)): Extension<Caller>,
-    Pairs(query): Pairs,
+    Newest { size, after }: Newest,
 ) -> Result<Json<Page<SweepSummary>>, Problem> {
-    let (mut after, mut size) = (None, DEFAULT_PAGE);
-    for (name, value) in query {
-        match name.as_str() {
-            "limit" => size = limit(&value, 100)?,
-            "after" => after = Some(parameter("after", &value)?),
-            _ => return Err(Pairs::unknown(&name, "limit, after")),
-        }
-    }
     let (rows, more) = state.database.sweep_list(tenant, after, size).await?;
-    let mut sweeps = Vec::with_capacity(rows.len());
-    for row in rows {
-        let jobs = state.database.sweep_jobs(tenant, row.id).await?;
-        sweeps.push(summary(&row, &jobs));
-    }
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
+    let states = state.database.sweep_states(tenant, &ids).await?;
+    let summary = |row: &SweepRow| {
+        let own = states.iter().filter(|(id, ..)| *id == row.id);
+        summary(row, own.map(|(_, state, count)| (*state, *count as u64)))
+    };
+    let sweeps = rows.iter().map(summary).collect();
     Ok(Json(Page::new(sweeps, more, |sweep| sweep.id.to_string())))
 }
 
@@ -252,10 +244,15 @@ async fn cancel(
 
 /// The jobs as they go into the queue. All that is wrong with any is said at once, and each thing once.
 async fn admitted(state: &AppState, tenant: Tenant, children: Vec<Child>) -> Result<Vec<NewJob>, Problem> {
+    // Asked once: a sweep may have hundreds of jobs.
+    let workers = state.database.workers().await?;
     let (mut jobs, mut wrong) = (Vec::with_capacity(children.len()), Vec::<Complaint>::new());
     for child in children {
         match admit(state, tenant, child.spec).await {
-            Ok(Admitted { spec, plan }) => jobs.push(NewJob { plan, ..NewJob::new(spec) }),
+            Ok(Admitted { spec, plan }) => {
+                let plan = on_fastest(plan, &workers);
+                jobs.push(NewJob { plan, ..NewJob::new(spec) });
+            }
             Err(problem) => {
                 let below = |c: Complaint| Complaint { pointer: format!("/base{}", c.pointer), ..c };
                 let new = problem.complaints()?.into_iter().map(below);
@@ -271,11 +268,12 @@ async fn sweep_row(state: &AppState, tenant: Tenant, id: Uuid) -> Result<SweepRo
     row.ok_or_else(|| Problem::new(Code::SweepNotFound, format!("There is no sweep {id}.")))
 }
 
-fn summary(row: &SweepRow, jobs: &[SweepJob]) -> SweepSummary {
-    let mut counts = BTreeMap::new();
-    for job in jobs {
-        let state = job.state.map_or("deleted", JobState::name);
-        *counts.entry(state.to_owned()).or_insert(0) += 1;
+/// `states` are those of its jobs, and how many are in each; a deleted job has none.
+fn summary(row: &SweepRow, states: impl Iterator<Item = (Option<JobState>, u64)>) -> SweepSummary {
+    let (mut counts, mut done) = (BTreeMap::new(), true);
+    for (state, count) in states {
+        done &= state.is_none_or(JobState::is_terminal);
+        *counts.entry(state.map_or("deleted", JobState::name).to_owned()).or_insert(0) += count;
     }
     let this = format!("/v1/sweeps/{}", row.id);
     SweepSummary {
@@ -284,7 +282,7 @@ fn summary(row: &SweepRow, jobs: &[SweepJob]) -> SweepSummary {
         name: row.name.clone(),
         created_at: row.created_at,
         counts,
-        done: jobs.iter().all(|job| job.state.is_none_or(JobState::is_terminal)),
+        done,
         links: SweepLinks { report: format!("{this}/report"), this },
     }
 }
@@ -305,7 +303,7 @@ async fn shown(state: &AppState, row: SweepRow) -> Result<Sweep, Problem> {
         job.outcome = Some(outcome);
         base.get_or_insert(scores);
     }
-    let summary = summary(&row, &jobs);
+    let summary = summary(&row, jobs.iter().map(|job| (job.state, 1)));
     let children = row.spec.children();
     let mut report = SweepReport { base, ..SweepReport::new(row.spec, &children) };
     for (own, job) in report.rows.iter_mut().zip(&jobs) {

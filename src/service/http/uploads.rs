@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::AppState;
 use super::artifacts::base64;
 use super::auth::Caller;
-use super::extract::{JsonBody, Pairs, limit, parameter};
+use super::extract::{JsonBody, Newest};
 use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
@@ -35,7 +35,6 @@ const PART_BYTES: i64 = 16 << 20;
 const MAX_UPLOAD_BYTES: i64 = 16 << 30;
 /// All uploads of a tenant, complete or not.
 const MAX_TENANT_BYTES: i64 = 64 << 30;
-const DEFAULT_PAGE: u32 = 20;
 const FORMATS: [&str; 3] = ["txt", "jsonl", "parquet"];
 const PACKINGS: [&str; 2] = ["gz", "zst"];
 
@@ -205,16 +204,8 @@ fn ending(name: &str) -> Option<String> {
 async fn list(
     State(state): State<AppState>,
     Extension(Caller(tenant)): Extension<Caller>,
-    Pairs(query): Pairs,
+    Newest { size, after }: Newest,
 ) -> Result<Json<Page<Upload>>, Problem> {
-    let (mut after, mut size) = (None, DEFAULT_PAGE);
-    for (name, value) in query {
-        match name.as_str() {
-            "limit" => size = limit(&value, 100)?,
-            "after" => after = Some(parameter("after", &value)?),
-            _ => return Err(Pairs::unknown(&name, "limit, after")),
-        }
-    }
     let mut rows = state.database.uploads(tenant, after, size + 1).await?;
     let has_more = rows.len() > size as usize;
     rows.truncate(size as usize);

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::auth::Caller;
-use super::extract::{JsonBody, Pairs, limit, parameter};
+use super::extract::{JsonBody, Newest};
 use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
@@ -28,8 +28,6 @@ use crate::service::sinks;
 const MOST_ENDPOINTS: i64 = 50;
 const SECRET_BYTES: usize = 32;
 const PING: &str = "ping";
-const DEFAULT_PAGE: u32 = 20;
-
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(create, list))
@@ -401,16 +399,8 @@ async fn deliveries(
     State(state): State<AppState>,
     Extension(Caller(tenant)): Extension<Caller>,
     EndpointId(id): EndpointId,
-    Pairs(query): Pairs,
+    Newest { size, after }: Newest,
 ) -> Result<Json<Page<Delivery>>, Problem> {
-    let (mut after, mut size) = (None, DEFAULT_PAGE);
-    for (name, value) in query {
-        match name.as_str() {
-            "after" => after = Some(parameter("after", &value)?),
-            "limit" => size = limit(&value, 100)?,
-            _ => return Err(Pairs::unknown(&name, "after, limit")),
-        }
-    }
     state.database.endpoint(tenant, id).await?.ok_or_else(|| unknown(id))?;
     let mut rows = state.database.messages(tenant, id, after, size + 1).await?;
     let has_more = rows.len() > size as usize;
