@@ -23,7 +23,9 @@ use secateur::engine::select::{Measured, Oracle, Oracles, select};
 use secateur::engine::{Cx, Result};
 use secateur::job::heal::QloraSettings;
 use secateur::job::progress::{Event, Observer, Stage};
-use secateur::job::spec::{BaseBits, CalibrationSpec, Preset, PruneSpec, QloraSpec, TokenPosition};
+use secateur::job::spec::{
+    BaseFormat, CalibrationSpec, FourBits, Preset, PruneSpec, QloraSpec, TokenPosition,
+};
 use serde_json::json;
 
 /// Tokens that a sequence has grown by when its decoding is timed to the end.
@@ -49,8 +51,8 @@ fn measure() {
         "forward" => forward(&checkpoint, &compute),
         "decode-1" => decode(&checkpoint, &compute, 1),
         "decode-64" => decode(&checkpoint, &compute, 64),
-        "step-16" => step(&checkpoint, &compute, BaseBits::Sixteen),
-        "step-4" => step(&checkpoint, &compute, BaseBits::Four),
+        "step-16" => step(&checkpoint, &compute, BaseFormat::Sixteen),
+        "step-4" => step(&checkpoint, &compute, BaseFormat::Four(FourBits::Nf4)),
         "profile-last" => profiled(&checkpoint, &compute, TokenPosition::Last),
         "profile-mean" => profiled(&checkpoint, &compute, TokenPosition::Mean),
         "greedy" => greedy(&checkpoint, &compute, false),
@@ -164,7 +166,7 @@ fn decode(checkpoint: &Checkpoint, compute: &Compute, batch: usize) -> Work<'sta
 }
 
 /// Loss and gradients of adapters on all linear layers.
-fn step(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Work<'static> {
+fn step(checkpoint: &Checkpoint, compute: &Compute, base: BaseFormat) -> Work<'static> {
     let spec = QloraSpec {
         rank: Some(8),
         dropout: Some(0.0),
@@ -174,7 +176,7 @@ fn step(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Work<'sta
     let settings: QloraSettings = spec.settings(Preset::Paper, &checkpoint.config().facts(), 1);
     let windows = windows(checkpoint, 4, 256);
     let predicted = 4 * 255;
-    let decoder = Decoder::open_frozen(checkpoint, compute, bits).unwrap();
+    let decoder = Decoder::open_frozen(checkpoint, compute, base).unwrap();
     let adapters = Trainables::adapters(checkpoint.config(), &settings, 0, &compute.device).unwrap();
     let run = move || {
         let batch: Vec<&[u32]> = windows.iter().map(Vec::as_slice).collect();
@@ -182,7 +184,7 @@ fn step(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Work<'sta
         let draw = Draw { seed: 0, step: 0, micro_batch: 0 };
         let scale = 1.0 / f64::from(predicted);
         let objective = Objective { targets: &targets, seams: &[], scale };
-        let (nll, _) = loss_and_gradients(&decoder, &adapters, &batch, &objective, draw).unwrap();
+        let (nll, _) = loss_and_gradients(&decoder, &adapters, &batch, None, &objective, draw).unwrap();
         nll * scale
     };
     Work { tokens: 4 * 256, run: Box::new(run) }

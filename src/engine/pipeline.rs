@@ -27,7 +27,7 @@ use crate::job::report::{
     StageSummary, Zone,
 };
 use crate::job::spec::{
-    Corpus, DamageSpec, Gates, HealMethod, JobSpec, ModelSource, OverlapPolicy, PruneAmount, Share,
+    Corpus, DamageSpec, Gates, HealMethod, JobSpec, ModelSource, OverlapPolicy, PruneAmount, Share, TaskSpec,
 };
 use crate::report::Findings;
 
@@ -214,7 +214,7 @@ impl Run<'_> {
             }
         }
         for task in spec.eval.tasks.iter().chain(&spec.prune.damage.tasks) {
-            items::read(&task.items, task.limit)?;
+            items::read(task)?;
         }
         match spec.eval.overlap {
             OverlapPolicy::Warn => Ok(()),
@@ -339,8 +339,8 @@ impl Run<'_> {
         let mut spec = self.local.prune.damage.clone();
         spec.corpus = Some(by_content(self.damage_corpus())?);
         spec.seq_len = Some(self.damage_seq_len() as u32);
-        for task in &mut spec.tasks {
-            task.items = by_content(&task.items)?;
+        for corpus in spec.tasks.iter_mut().flat_map(TaskSpec::corpora_mut) {
+            *corpus = by_content(corpus)?;
         }
         Ok(json!({
             "model": model_digest,
@@ -365,7 +365,7 @@ impl Run<'_> {
     fn accuracy<'a>(&self, cx: Cx<'a>) -> Result<Accuracy<'a>> {
         let mut all = Vec::new();
         for task in &self.local.prune.damage.tasks {
-            all.extend(items::read(&task.items, task.limit)?);
+            all.extend(items::read(task)?);
         }
         Accuracy::open(self.base, all, cx)
     }
@@ -442,7 +442,8 @@ impl Run<'_> {
         let mut spec = self.local.eval.clone();
         // Scores are told under the names of files, so the names belong to the result.
         let mut names = Vec::new();
-        for corpus in spec.perplexity.iter_mut().chain(spec.tasks.iter_mut().map(|t| &mut t.items)) {
+        let of_tasks = spec.tasks.iter_mut().flat_map(TaskSpec::corpora_mut);
+        for corpus in spec.perplexity.iter_mut().chain(of_tasks) {
             names.push(data::label(corpus));
             *corpus = by_content(corpus)?;
         }

@@ -21,7 +21,7 @@ use crate::job::report::FailureKind;
 
 /// Part of every input digest: another engine may compute something else. Count
 /// the suffix up when a stage's result changes within a version.
-const ENGINE: &str = concat!(env!("CARGO_PKG_VERSION"), "+6");
+const ENGINE: &str = concat!(env!("CARGO_PKG_VERSION"), "+7");
 
 /// The directory of one run, held by this process alone.
 pub struct Workspace {

@@ -8,7 +8,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::shape::{Shapes, escaped};
-use super::spec::JobSpec;
+use super::spec::{JobSpec, TaskSpec};
 
 /// One thing that is wrong with a spec, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -46,7 +46,10 @@ impl JobSpec {
     pub fn read(mut value: Value) -> Result<Self, Vec<Complaint>> {
         let mut complaints = Self::shapes().check("JobSpec", &mut value);
         let spec = match parse(&value) {
-            Ok(spec) => spec,
+            Ok(mut spec) => {
+                spec.tasks_mut().for_each(TaskSpec::settle);
+                spec
+            }
             Err(complaint) => {
                 // The schema says yes and serde no: only serde knows why.
                 complaints.push(complaint);
@@ -114,7 +117,7 @@ mod tests {
             },
             "heal": [{
                 "method": "qlora", "corpus": {"from": "model", "tokens": 5}, "rank": 8, "alpha": 8.5, "dropout": 0.1,
-                "targets": ["up_proj"], "bits": 8, "learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 1,
+                "targets": ["up_proj"], "bits": 4, "format": "q4_0", "learning_rate": 1e-4, "schedule": "linear", "warmup_steps": 1,
                 "steps": 10, "batch_size": 2, "seq_len": 16, "weight_decay": 0.1, "checkpoint_every": 5,
                 "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "moment_bits": 8, "max_gradient_norm": 2.0,
                 "distill": {"weight": 0.3, "top_k": 5, "seam": 0.1}
@@ -129,7 +132,8 @@ mod tests {
             "eval": {
                 "perplexity": [{"from": "text", "text": "words"}, {"from": "path", "path": "x.txt"}],
                 "tasks": [{
-                    "task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3, "min_retention": 0.7
+                    "task": "a", "items": {"from": "path", "path": "i.jsonl"}, "limit": 3, "min_retention": 0.7,
+                    "format": "mmlu", "shots": 5, "shots_from": {"from": "path", "path": "dev.jsonl"}
                 }],
                 "speed": false, "seq_len": 32, "stride": 16, "overlap": "refuse", "on_reject": "fail",
                 "generation": {

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::benchmark::Benchmark;
 use super::spec::Corpus;
 
 /// What base, pruned and healed checkpoint are measured on.
@@ -139,12 +140,28 @@ pub enum OnReject {
 pub struct TaskSpec {
     /// The name the score appears under.
     pub task: String,
-    /// JSONL of evaluation items.
+    /// JSONL of evaluation items, or rows of a benchmark as they are published, JSONL or parquet. When absent those
+    /// that the Hub has of the benchmark.
+    #[serde(default)]
     pub items: Corpus,
+    /// Whose form rows have that are not items; the benchmark called like the task when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Benchmark>,
+    /// Solved questions that are shown before each: the first of `shots_from`, of the same subject.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shots: u32,
+    /// Where they come from, in the form of `items`; of the Hub's where items are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shots_from: Option<Corpus>,
     /// Use only this many items from the start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
     /// Accuracy above chance that must be left of the base model's, as `gates.min_retention`, on this task alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_retention: Option<f64>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+const fn is_zero(count: &u32) -> bool {
+    *count == 0
 }

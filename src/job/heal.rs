@@ -5,7 +5,7 @@ use utoipa::ToSchema;
 
 use super::preset::{ModelFacts, whole};
 use super::spec::{Corpus, Preset};
-use super::training::{BaseBits, Training, TrainingSpec};
+use super::training::{BaseBits, BaseFormat, FourBits, Training, TrainingSpec};
 
 /// One way to close the wound.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -254,6 +254,9 @@ pub struct QloraSpec {
     pub targets: Option<Vec<String>>,
     #[serde(default)]
     pub bits: BaseBits,
+    /// What 4 bits say: `nf4`, or `q4_0` as llama.cpp has it.
+    #[serde(default, skip_serializing_if = "FourBits::is_nf4")]
+    pub format: FourBits,
     #[serde(flatten)]
     pub training: TrainingSpec,
 }
@@ -266,8 +269,22 @@ pub struct QloraSettings {
     pub dropout: f64,
     pub targets: Vec<String>,
     pub bits: BaseBits,
+    #[serde(default, skip_serializing_if = "FourBits::is_nf4")]
+    pub format: FourBits,
     #[serde(flatten)]
     pub training: Training,
+}
+
+impl QloraSettings {
+    /// How the base is kept.
+    #[must_use]
+    pub const fn base(&self) -> BaseFormat {
+        match self.bits {
+            BaseBits::Four => BaseFormat::Four(self.format),
+            BaseBits::Eight => BaseFormat::Int8,
+            BaseBits::Sixteen => BaseFormat::Sixteen,
+        }
+    }
 }
 
 /// What is asked of `partial`.

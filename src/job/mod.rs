@@ -4,6 +4,7 @@
 //! ([`report`]) and how it stands ([`state`]). Command line, HTTP, database and
 //! engine all use these very types; there are no twins to keep in step.
 
+pub mod benchmark;
 pub mod budget;
 pub mod complaint;
 pub mod eval;

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::heal::{HealMethod, HealSettings};
+use super::heal::{HealMethod, HealSettings, WholeSettings};
 use super::preset::ModelFacts;
 use super::progress::Stage;
 use super::spec::{Corpus, JobSpec, Strategy, TaskSpec};
@@ -362,11 +362,12 @@ impl Planner<'_> {
             all.flops += self.forward(Tokens::all(2.0 * HELD_OUT * seq_len), self.share(n));
             let (flops, memory) = match &settings {
                 HealSettings::Qlora(q) => self.adapters(method, q.rank, q.bits, &q.training, n),
-                HealSettings::Whole(w) => self.whole(method, w.last_layers, w.head, &w.training, n),
-                HealSettings::Rescale(_) | HealSettings::LeastSquares(_) => self.beside(text, n, 0.0),
+                HealSettings::Whole(w) => self.whole(method, w, text, n),
+                HealSettings::Rescale(_) => self.beside(text, n, 2, 0.0),
+                HealSettings::LeastSquares(_) => self.beside(text, n, 3, 0.0),
                 HealSettings::Reconstruct(r) => {
                     let one = self.in_layers() / f64::from(self.facts.layer_count.max(1));
-                    self.beside(text, n, 6.0 * one * text * f64::from(r.epochs))
+                    self.beside(text, n, 3, 6.0 * one * text * f64::from(r.epochs))
                 }
             };
             all.flops += flops;
@@ -395,15 +396,18 @@ impl Planner<'_> {
     }
 
     /// Weights as they are: gradients of those that are trained, and back to the lowest of them.
-    fn whole(&self, method: &HealMethod, last: u32, head: bool, t: &Training, n: u32) -> (f64, u64) {
-        let share = self.share(n);
+    /// A `text` that is gone through several times goes through the layers below once, and is kept there.
+    fn whole(&self, method: &HealMethod, w: &WholeSettings, text: f64, n: u32) -> (f64, u64) {
+        let t = &w.training;
         let tokens = t.windows() as f64 * f64::from(t.seq_len);
-        let trained = f64::from(last) / f64::from(self.facts.layer_count.max(1));
-        let through = self.forward(Tokens::all(tokens), share);
-        let back = 2.0 * self.forward(Tokens::all(tokens), trained);
-        let weights = self.in_layers() * trained + if head { self.in_head() } else { 0.0 };
-        let size = (weights * 16.0) as u64;
-        (through + back + self.taught(method, tokens), size + self.training_bytes(t, n))
+        let trained = f64::from(w.last_layers) / f64::from(self.facts.layer_count.max(1));
+        let below = Tokens { through: tokens.min(text), head: 0.0 };
+        let through = self.forward(below, self.share(n) - trained);
+        let trains = 3.0 * self.forward(Tokens::all(tokens), trained);
+        let weights = self.in_layers() * trained + if w.head { self.in_head() } else { 0.0 };
+        let kept = if text < tokens { self.stream_bytes(text) } else { 0 };
+        let size = (weights * 16.0) as u64 + kept;
+        (through + trains + self.taught(method, tokens), size + self.training_bytes(t, n))
     }
 
     /// What the base model says to the text, where it is the teacher.
@@ -425,10 +429,13 @@ impl Planner<'_> {
         2 * self.left(n).size_bytes + seams + self.logits_bytes() + PROGRAM_BYTES
     }
 
-    /// Base and healed model on the same text, from cut to cut, and `more` operations.
-    fn beside(&self, tokens: f64, n: u32, more: f64) -> (f64, u64) {
+    /// Base and healed model on the same text, from cut to cut, so many streams of it at once, and `more` operations.
+    fn beside(&self, tokens: f64, n: u32, streams: u64, more: f64) -> (f64, u64) {
         let both = self.forward(Tokens { through: tokens, head: 0.0 }, 1.0 + self.share(n));
-        (0.6 * both + more, self.forward_bytes(1.0) + self.left(n).size_bytes + 3 * self.stream_bytes(tokens))
+        (
+            0.6 * both + more,
+            self.forward_bytes(1.0) + self.left(n).size_bytes + streams * self.stream_bytes(tokens),
+        )
     }
 
     /// Each file is written, and its weights once more in float32 while it is measured.

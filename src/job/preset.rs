@@ -49,6 +49,7 @@ impl QloraSpec {
             dropout: self.dropout.unwrap_or(0.05),
             targets: self.targets.clone().unwrap_or_else(|| targets(facts)),
             bits: self.bits,
+            format: self.format,
             training: self.training.settled(&defaults, facts.max_position_embeddings),
         }
     }

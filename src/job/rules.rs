@@ -1,9 +1,10 @@
 //! The rules a spec must keep, beyond its shape.
 
+use super::benchmark::Benchmark;
 use super::complaint::Complaint;
 use super::preset::ModelFacts;
 use super::spec::{
-    CalibrationSpec, Corpus, DamageSpec, Gates, GenerationSpec, HealMethod, JobSpec, ModelSource,
+    BaseBits, CalibrationSpec, Corpus, DamageSpec, Gates, GenerationSpec, HealMethod, JobSpec, ModelSource,
     PruneAmount, QloraSpec, Share, Strategy, TaskSpec, TrainingSpec,
 };
 
@@ -12,6 +13,7 @@ use super::spec::{
 const MAX_SEQ_LEN: u32 = 1 << 20;
 const MAX_COUNT: u32 = 1 << 24;
 const MAX_TEXT_BYTES: usize = 8 << 20;
+const MAX_SHOTS: u32 = 64;
 
 impl JobSpec {
     /// All that is wrong with the spec and can be known without the model.
@@ -375,18 +377,15 @@ fn check_tasks(tasks: &[TaskSpec], at: &str, out: &mut Complaints) {
         if task.limit == Some(0) {
             out.add(&format!("{at}/limit"), "must be at least 1");
         }
-        check_corpus(&task.items, &format!("{at}/items"), out);
-        if matches!(task.items, Corpus::Mix { .. }) {
-            out.add(
-                &format!("{at}/items"),
-                "evaluation items are not mixed; make each file a task of its own",
-            );
-        }
-        if matches!(task.items, Corpus::Model { .. }) {
-            out.add(
-                &format!("{at}/items"),
-                "a model cannot write evaluation items; use \"path\" or \"text\"",
-            );
+        check_items(&task.items, &format!("{at}/items"), out);
+        match (&task.shots_from, task.shots) {
+            (Some(corpus), 1..=MAX_SHOTS) => check_items(corpus, &format!("{at}/shots_from"), out),
+            (None, 1..=MAX_SHOTS) => {
+                out.add(&format!("{at}/shots_from"), "name the solved questions that `shots` are taken from");
+            }
+            (None, 0) => {}
+            (Some(_), 0) => out.add(&format!("{at}/shots"), "must be at least 1 where `shots_from` is given"),
+            (_, _) => out.add(&format!("{at}/shots"), format!("must be at most {MAX_SHOTS}")),
         }
     }
 }
@@ -440,8 +439,30 @@ fn check_qlora(q: &QloraSpec, at: &str, out: &mut Complaints) {
     if q.dropout.is_some_and(|d| !(0.0..1.0).contains(&d)) {
         out.add(&format!("{at}/dropout"), "must be at least 0 and less than 1");
     }
+    if !q.format.is_nf4() && q.bits != BaseBits::Four {
+        out.add(&format!("{at}/format"), "says what 4 bits mean; leave it out, or set `bits` to 4");
+    }
     if q.targets.as_ref().is_some_and(Vec::is_empty) {
         out.add(&format!("{at}/targets"), "name at least one linear layer, e.g. \"down_proj\"");
+    }
+}
+
+/// Items, or solved questions.
+fn check_items(corpus: &Corpus, at: &str, out: &mut Complaints) {
+    check_corpus(corpus, at, out);
+    match corpus {
+        Corpus::Mix { .. } => out.add(at, "evaluation items are not mixed; make each file a task of its own"),
+        Corpus::Model { .. } => {
+            let names = Benchmark::ALL.map(Benchmark::name).join(", ");
+            out.add(
+                at,
+                format!(
+                    "a model cannot write evaluation items; use \"path\" or \"text\", or leave `items` out and call \
+                     the task after a benchmark that the Hub has: {names}"
+                ),
+            );
+        }
+        Corpus::Path { .. } | Corpus::Hub { .. } | Corpus::Upload { .. } | Corpus::Text { .. } => {}
     }
 }
 

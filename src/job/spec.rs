@@ -12,7 +12,7 @@ pub use super::heal::{
     FullSpec, HealMethod, LeastSquaresSpec, PartialSpec, QloraSpec, ReconstructSpec, RescaleSpec,
 };
 pub use super::prune::{DamageMeasure, DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
-pub use super::training::{BaseBits, DistillSpec, MomentBits, Schedule, TrainingSpec};
+pub use super::training::{BaseBits, BaseFormat, DistillSpec, FourBits, MomentBits, Schedule, TrainingSpec};
 
 /// One pruning job, as a person writes it. Everything but `model` and
 /// `prune.amount` has a default.
@@ -71,6 +71,11 @@ impl JobSpec {
         repairs || !self.heal.is_empty() && self.prune.strategies().contains(&Strategy::Auto)
     }
 
+    /// All tasks, to choose layers by and to be judged by.
+    pub fn tasks_mut(&mut self) -> impl Iterator<Item = &mut TaskSpec> {
+        self.prune.damage.tasks.iter_mut().chain(&mut self.eval.tasks)
+    }
+
     /// Every text of the spec and its place, as a JSON pointer.
     pub fn corpora_mut(&mut self) -> Vec<(String, &mut Corpus)> {
         let mut all = self.calibration.corpus.texts_mut("/calibration/corpus".to_string());
@@ -92,8 +97,11 @@ impl JobSpec {
 }
 
 fn items_of<'a>(tasks: &'a mut [TaskSpec], at: &str) -> Vec<(String, &'a mut Corpus)> {
-    let places = tasks.iter_mut().enumerate();
-    places.map(|(i, task)| (format!("{at}/{i}/items"), &mut task.items)).collect()
+    let of_task = |(i, task): (usize, &'a mut TaskSpec)| {
+        let shots = task.shots_from.iter_mut().map(move |corpus| (format!("{at}/{i}/shots_from"), corpus));
+        std::iter::once((format!("{at}/{i}/items"), &mut task.items)).chain(shots)
+    };
+    tasks.iter_mut().enumerate().flat_map(of_task).collect()
 }
 
 /// Where unset healing values come from.

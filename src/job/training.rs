@@ -218,6 +218,34 @@ numbers! {
     Sixteen = 16
 }
 
+/// What four bits say.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FourBits {
+    /// Which of sixteen quantiles of the normal distribution (arXiv 2305.14314), in blocks of 64.
+    #[default]
+    Nf4,
+    /// Which of sixteen equal steps, in blocks of 32: as in a GGUF file of that type.
+    #[serde(rename = "q4_0")]
+    Q4,
+}
+
+impl FourBits {
+    #[must_use]
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+    pub fn is_nf4(&self) -> bool {
+        *self == Self::Nf4
+    }
+}
+
+/// How the frozen base is kept while adapters are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BaseFormat {
+    Sixteen,
+    Int8,
+    Four(FourBits),
+}
+
 numbers! {
     /// Bits of each of the optimizer's two moments of a parameter.
     MomentBits, "Bits of each of the optimizer's two moments of a parameter.", "moment_bits":

@@ -121,6 +121,7 @@ fn a_repair_that_cannot_work() {
     for (method, told) in [
         (json!({"method": "qlora", "warmup_steps": 9, "steps": 8}), ["/heal/0/warmup_steps", "only 8 steps"]),
         (json!({"method": "qlora", "moment_bits": 16}), ["/heal/0/moment_bits", "8"]),
+        (json!({"method": "qlora", "bits": 8, "format": "q4_0"}), ["/heal/0/format", "set `bits` to 4"]),
         (json!({"method": "qlora", "beta2": 1.0}), ["/heal/0/beta2", "less than 1"]),
         (json!({"method": "qlora", "rank": 65}), ["/heal/0/rank", "from 1 to 64"]),
         (json!({"method": "partial", "layers": 99}), ["/heal/0/layers", "from 1 to 6"]),

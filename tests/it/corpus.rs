@@ -8,7 +8,6 @@ use std::sync::Arc;
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
-use secateur::engine::data::items::{self, Item};
 use secateur::engine::data::{Purpose, Wanted, Windows, digest, overlap, windows};
 use secateur::engine::model::Checkpoint;
 use secateur::job::progress::{Event, Stage};
@@ -179,42 +178,6 @@ fn a_digest_changes_with_the_content_only() {
     let of = |name: &str, content: &str| digest(&desk.file(name, content)).unwrap();
     assert_eq!(of("a.txt", "same"), of("b.txt", "same"));
     assert_ne!(of("a.txt", "same"), of("a.txt", "other"));
-}
-
-#[test]
-fn items_are_read_with_their_kinds_and_refused_with_their_lines() {
-    let desk = Desk::new();
-    let good = "{\"id\": \"x\", \"kind\": \"multiple_choice\", \"context\": \"c\", \"choices\": [\"a\", \"b\"], \"gold\": 1}\n\
-                {\"kind\": \"loglikelihood\", \"context\": \"c\", \"continuation\": \"d\"}\n";
-    let read = items::read(&desk.file("good.jsonl", good), None).unwrap();
-    assert_eq!(read.len(), 2);
-    assert!(matches!(&read[0], Item::MultipleChoice { gold: 1, .. }));
-    assert_eq!(items::read(&desk.file("good.jsonl", good), Some(1)).unwrap().len(), 1);
-    for (row, words) in [
-        (
-            "{\"kind\": \"multiple_choice\", \"context\": \"c\", \"choices\": [\"a\", \"b\"], \"gold\": 2}",
-            "`gold` is 2",
-        ),
-        (
-            "{\"kind\": \"multiple_choice\", \"context\": \"c\", \"choices\": [\"a\"], \"gold\": 0}",
-            "at least two",
-        ),
-        ("{\"kind\": \"context_choice\", \"contexts\": [\"a\", \"b\"], \"gold\": 0}", "continuation"),
-        ("{\"kind\": \"riddle\"}", "riddle"),
-        ("{\"kind\": \"generate_until\", \"context\": \"c\", \"until\": []}", "missing field `answer`"),
-        (
-            "{\"kind\": \"generate_until\", \"context\": \"c\", \"answer\": \"1\", \"until\": 3}",
-            "a list of texts",
-        ),
-        (
-            "{\"kind\": \"generate_until\", \"context\": \"c\", \"answer\": \"1\", \"max_gen_toks\": 0}",
-            "`max_gen_toks` must be at least 1",
-        ),
-        ("not json", "line 1"),
-    ] {
-        let error = items::read(&desk.file("bad.jsonl", row), None).unwrap_err().to_string();
-        assert!(error.contains("bad.jsonl, line 1") && error.contains(words), "{error}");
-    }
 }
 
 #[test]

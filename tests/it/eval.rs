@@ -71,7 +71,7 @@ impl Desk {
     /// Scores of `rows` as task `t` on both checkpoints, and the base's item results.
     fn task(&self, rows: &[&str]) -> (EvalReport, Vec<ItemResult>) {
         let items = Corpus::Text { text: rows.join("\n") };
-        let tasks = vec![TaskSpec { task: "a/t".into(), items, limit: None, min_retention: None }];
+        let tasks = vec![TaskSpec::of("a/t", items)];
         let spec =
             EvalSpec { perplexity: Vec::new(), tasks, speed: false, seq_len: 64, ..EvalSpec::default() };
         let report = self.evaluate(&spec).unwrap();
@@ -297,7 +297,7 @@ fn an_answer_is_written_until_a_stop_and_its_number_compared() {
     assert_eq!((score.acc_norm, score.perplexity), (None, None));
     let row = row.to_string().replace("12}", "256}");
     let items = Corpus::Text { text: row };
-    let tasks = vec![TaskSpec { task: "t".into(), items, limit: None, min_retention: None }];
+    let tasks = vec![TaskSpec::of("t", items)];
     let error = desk.evaluate(&EvalSpec { tasks, ..EvalSpec::default() }).unwrap_err();
     assert!(error.contains("`max_gen_toks` 256") && error.contains("256 tokens in all"), "{error}");
 }

@@ -6,11 +6,14 @@ use std::path::Path;
 use std::process::Command;
 
 use candle_core::quantized::gguf_file::Content;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use secateur::checkpoint::family::{FAMILIES, Family};
 use secateur::checkpoint::{Index, gguf::Architecture};
+use secateur::engine::chance::unit;
 use secateur::engine::export::gguf::{self, Origin};
+use secateur::engine::model::kernel::matrix::Matrix;
 use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder};
 use secateur::engine::workspace::file_digest;
 use secateur::job::progress::Stage;
@@ -35,6 +38,30 @@ fn written(rig: &Rig, dir: &Path, kind: GgufType) -> std::path::PathBuf {
     let cut = Some(("0000", &[2, 3][..]));
     gguf::write(&checkpoint, kind, &Origin { name: "tiny", cut }, &path, rig.cx(Stage::Export)).unwrap();
     path
+}
+
+#[test]
+fn a_base_in_q4_0_has_the_values_that_the_file_would() {
+    let (rows, columns) = (37, 96);
+    let mut weights: Vec<f32> = (0..rows * columns).map(|i| unit(3, i as u64) as f32 - 0.5).collect();
+    // A block of zeros, one with its largest value twice and one of a single value.
+    weights[..32].fill(0.0);
+    (weights[40], weights[41]) = (0.75, -0.75);
+    weights[64..96].fill(0.125);
+    let flat = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let straight = Tensor::from_vec(weights.clone(), (rows, columns), &Device::Cpu).unwrap();
+    let turned = flat(&straight.t().unwrap().contiguous().unwrap());
+    let theirs = QTensor::quantize(&straight, GgmlDType::Q4_0).unwrap();
+    let theirs = flat(&theirs.dequantize(&Device::Cpu).unwrap());
+    for ours in
+        [Matrix::floats(&weights, rows, columns).q4(false), Matrix::floats(&turned, columns, rows).q4(true)]
+    {
+        for (i, theirs) in theirs.chunks(columns).enumerate() {
+            let mut row = vec![0.0; columns];
+            ours.row(i, &mut row);
+            assert_eq!(row, theirs, "row {i}");
+        }
+    }
 }
 
 /// Logits after the last of `ids`, by our decoder.

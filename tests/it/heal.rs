@@ -7,13 +7,16 @@ use candle_core::{Device, Tensor};
 use safetensors::Dtype;
 use secateur::engine::chance::unit;
 use secateur::engine::heal::backward::{Objective, Seam, loss_and_gradients, next_tokens};
+use secateur::engine::heal::prefix::Prefix;
 use secateur::engine::heal::trainables::{Draw, Trainables};
 use secateur::engine::heal::{Course, Teacher, Trained, Windows, train};
 use secateur::engine::model::{Checkpoint, Compute, Decoder};
 use secateur::engine::{Cx, Error};
 use secateur::job::heal::QloraSettings;
 use secateur::job::progress::{Event, Observer, Silent, Stage};
-use secateur::job::spec::{BaseBits, DistillSpec, MomentBits, Preset, QloraSpec, TrainingSpec};
+use secateur::job::spec::{
+    BaseBits, BaseFormat, DistillSpec, FourBits, MomentBits, Preset, QloraSpec, TrainingSpec,
+};
 use secateur::job::training::Training;
 
 use crate::support::tiny::{Tiny, VOCAB};
@@ -84,14 +87,14 @@ fn every_weight_has_the_slope_of_the_loss(tiny: Tiny) {
 }
 
 fn every_gradient_is_the_slope_of_the_loss(checkpoint: &Checkpoint, trained: &Trainables, seams: &[Seam]) {
-    let decoder = Decoder::open_frozen(checkpoint, &compute(), BaseBits::Sixteen).unwrap();
+    let decoder = Decoder::open_frozen(checkpoint, &compute(), BaseFormat::Sixteen).unwrap();
     let windows = windows(2);
     // One window shorter than the other: padding must not leak into the gradient.
     let batch: Vec<&[u32]> = vec![&windows[0], &windows[1][..20]];
     let draw = Draw { seed: 1, step: 2, micro_batch: 0 };
     let targets = next_tokens(&batch);
     let objective = Objective { targets: &targets, seams, scale: 1.0 };
-    let loss = || loss_and_gradients(&decoder, trained, &batch, &objective, draw).unwrap();
+    let loss = || loss_and_gradients(&decoder, trained, &batch, None, &objective, draw).unwrap();
     let (_, gradients) = loss();
     for (i, variable) in trained.variables.iter().enumerate() {
         let length = gradients[i].sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
@@ -148,13 +151,22 @@ fn what_the_stream_lacks_behind_a_cut_has_a_gradient_too() {
 fn training_learns_a_pattern_over_a_base_in_4_8_and_16_bits() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(&Tiny::llama().write(dir.path())).unwrap();
-    for bits in [BaseBits::Four, BaseBits::Eight, BaseBits::Sixteen] {
-        let settings = QloraSettings { bits, ..with_training(settings(&checkpoint), |t| t.steps = 25) };
+    let mut curves = Vec::new();
+    for (bits, format) in [
+        (BaseBits::Four, FourBits::Nf4),
+        (BaseBits::Four, FourBits::Q4),
+        (BaseBits::Eight, FourBits::Nf4),
+        (BaseBits::Sixteen, FourBits::Nf4),
+    ] {
+        let settings =
+            QloraSettings { bits, format, ..with_training(settings(&checkpoint), |t| t.steps = 25) };
         let scratch = tempfile::tempdir().unwrap();
         let windows = Windows::split(windows(12)).unwrap();
         let trained = trained(&checkpoint, &settings, &windows, None, scratch.path(), &Silent).unwrap();
         let (first, last) = (trained.taken.curve[0].loss, trained.taken.curve[24].loss);
-        assert!(last < 0.7 * first, "{bits:?}: {first} to {last}");
+        assert!(last < 0.7 * first, "{bits:?} {format:?}: {first} to {last}");
+        assert!(!curves.contains(&losses(&trained)), "{bits:?} {format:?}: as another base");
+        curves.push(losses(&trained));
     }
 }
 
@@ -169,8 +181,8 @@ fn trained(
 ) -> Result<Trained, Error> {
     let compute = compute();
     let cx = Cx { stage: Stage::Heal, compute: &compute, observer };
-    let (source, bits, training) = (checkpoint, settings.bits, &settings.training);
-    train(Course { source, bits, training, windows, teacher, seed: 5, scratch, cx }, settings)
+    let (source, base, training) = (checkpoint, settings.base(), &settings.training);
+    train(Course { source, base, training, windows, teacher, seed: 5, scratch, cx }, settings)
 }
 
 fn with_training(settings: QloraSettings, change: impl FnOnce(&mut Training)) -> QloraSettings {
@@ -231,7 +243,7 @@ fn a_teacher_has_nothing_to_teach_a_model_like_itself() {
         Checkpoint::open(&Tiny { dtype: Dtype::F32, ..Tiny::llama() }.write(dir.path())).unwrap();
     let adapters =
         Trainables::adapters(checkpoint.config(), &settings(&checkpoint), 3, &Device::Cpu).unwrap();
-    let decoder = Decoder::open_frozen(&checkpoint, &compute(), BaseBits::Sixteen).unwrap();
+    let decoder = Decoder::open_frozen(&checkpoint, &compute(), BaseFormat::Sixteen).unwrap();
     let windows = windows(2);
     let batch: Vec<&[u32]> = vec![&windows[0], &windows[1][..20]];
     let largest = |weight: f64| {
@@ -248,7 +260,7 @@ fn a_teacher_has_nothing_to_teach_a_model_like_itself() {
         }
         let draw = Draw { seed: 1, step: 2, micro_batch: 0 };
         let objective = Objective { targets: &targets, seams: &[], scale: 1.0 };
-        let (_, gradients) = loss_and_gradients(&decoder, &adapters, &batch, &objective, draw).unwrap();
+        let (_, gradients) = loss_and_gradients(&decoder, &adapters, &batch, None, &objective, draw).unwrap();
         let largest = |g: &Tensor| g.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         gradients.iter().map(largest).fold(0.0, f32::max)
     };
@@ -337,6 +349,37 @@ fn a_training_that_diverges_ends_with_its_last_good_state() {
 }
 
 #[test]
+fn what_is_kept_of_frozen_layers_gives_the_same_loss_and_gradients() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = opened(Tiny::qwen2(), dir.path());
+    let decoder = Decoder::open_frozen(&checkpoint, &compute(), BaseFormat::Sixteen).unwrap();
+    let weights = Trainables::weights(&checkpoint, 2..3, false, &Device::Cpu).unwrap();
+    let windows = Windows::split(windows(6)).unwrap();
+    let batch: Vec<&[u32]> = vec![&windows.train[3], &windows.train[1]];
+    let targets = next_tokens(&batch);
+    let objective = Objective { targets: &targets, seams: &[], scale: 1.0 };
+    let gradients = |known| {
+        let draw = Draw { seed: 1, step: 0, micro_batch: 0 };
+        let (loss, gradients) =
+            loss_and_gradients(&decoder, &weights, &batch, known, &objective, draw).unwrap();
+        let values = |g: &Tensor| g.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        (loss, gradients.iter().map(values).collect::<Vec<_>>())
+    };
+    let expected = gradients(None);
+    let mut prefix = Prefix::new(&decoder, 2, &windows).unwrap();
+    // The first time they are computed, then taken.
+    for _ in 0..2 {
+        let numbered = [3, 1].into_iter().zip(batch.iter().copied());
+        let known = prefix.entering(&decoder, numbered).unwrap();
+        assert_eq!(known.layer, 2);
+        assert_eq!(gradients(Some(known)), expected);
+    }
+    // Other windows are others.
+    let other = prefix.entering(&decoder, [1, 3].into_iter().zip(batch.iter().rev().copied())).unwrap();
+    assert_ne!(gradients(Some(other)), expected);
+}
+
+#[test]
 fn whole_weights_learn_the_pattern_with_moments_in_8_bits_as_well() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(&Tiny::mistral().write(dir.path())).unwrap();
@@ -348,7 +391,7 @@ fn whole_weights_learn_the_pattern_with_moments_in_8_bits_as_well() {
         let cx = Cx { stage: Stage::Heal, compute: &compute, observer: &Silent };
         let course = Course {
             source: &checkpoint,
-            bits: BaseBits::Sixteen,
+            base: BaseFormat::Sixteen,
             training: &settings.training,
             windows: &windows,
             teacher: None,

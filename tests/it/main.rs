@@ -54,6 +54,8 @@ mod gguf;
 mod heal;
 #[cfg(feature = "engine")]
 mod heal_stage;
+#[cfg(feature = "engine")]
+mod items;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod jobs_command;
 #[cfg(feature = "service")]
@@ -76,6 +78,8 @@ mod plan;
 mod profile;
 #[cfg(feature = "engine")]
 mod prune;
+#[cfg(feature = "engine")]
+mod race;
 #[cfg(feature = "engine")]
 mod repair;
 #[cfg(feature = "engine")]

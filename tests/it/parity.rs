@@ -16,7 +16,7 @@ use secateur::engine::model::generate::continue_text;
 use secateur::engine::model::{Batch, Checkpoint, Compute, Decoder, Rounding};
 use secateur::engine::prune::Cut;
 use secateur::job::progress::Stage;
-use secateur::job::spec::{BaseBits, Preset, QloraSpec};
+use secateur::job::spec::{BaseFormat, Preset, QloraSpec};
 use serde_json::{Value, json};
 
 use crate::support::rig::Rig;
@@ -190,7 +190,7 @@ impl Golden {
 
     fn gradients_of(&self, checkpoint: &Checkpoint, trained: &Trainables) {
         let config = checkpoint.config();
-        let decoder = Decoder::open_frozen(checkpoint, &compute(), BaseBits::Sixteen).unwrap();
+        let decoder = Decoder::open_frozen(checkpoint, &compute(), BaseFormat::Sixteen).unwrap();
         let rows = self.ids();
         let windows = [&rows[0][..14], &rows[1][..9]];
         // Partly another token than the one that comes, as a teacher may think.
@@ -203,7 +203,7 @@ impl Golden {
         // A longer step sends a token to another expert, and there the slope jumps.
         let step = if config.experts.is_some() { 1e-3 } else { 5e-3 };
         let objective = Objective { targets: &targets, seams: &[], scale: 1.0 };
-        let loss = || loss_and_gradients(&decoder, trained, &windows, &objective, draw).unwrap();
+        let loss = || loss_and_gradients(&decoder, trained, &windows, None, &objective, draw).unwrap();
         let (_, gradients) = loss();
         for (i, (variable, gradient)) in trained.variables.iter().zip(&gradients).enumerate() {
             let length = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();

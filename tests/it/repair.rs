@@ -4,6 +4,7 @@ use std::path::Path;
 
 use candle_core::{D, Tensor};
 use safetensors::Dtype;
+use secateur::engine::Error;
 use secateur::engine::chance::unit;
 use secateur::engine::damage::Damage;
 use secateur::engine::heal::backward::mean_loss;
@@ -75,13 +76,17 @@ impl Bed {
 
     /// What a method makes of the checkpoint called `name`.
     fn treated(&self, name: &str, sizes: &[f64], settings: &HealSettings) -> Remedy {
+        self.try_treated(name, sizes, settings).unwrap()
+    }
+
+    fn try_treated(&self, name: &str, sizes: &[f64], settings: &HealSettings) -> Result<Remedy, Error> {
         let wound =
             Wound { spec: &self.spec, base: &self.base, dropped: &self.dropped, pruned: &self.pruned };
         let (source, scratch) = (self.open(name), self.rig.path("scratch"));
         let cx = self.rig.cx(Stage::Heal);
         let case =
             Case { wound: &wound, source: &source, sizes, windows: &self.windows, scratch: &scratch, cx };
-        treat(&case, settings, &self.workspace).unwrap().0
+        Ok(treat(&case, settings, &self.workspace)?.0)
     }
 
     fn open(&self, name: &str) -> Checkpoint {
@@ -292,6 +297,16 @@ fn a_layer_trained_for_those_that_went_is_in_the_files_as_it_was_left_in_every_f
 }
 
 #[test]
+fn a_layer_whose_training_diverges_at_once_is_not_written_and_the_rate_is_blamed() {
+    let bed = Bed::golden("llama3", &[2]);
+    let HealSettings::Reconstruct(settings) = reconstruct() else { unreachable!() };
+    let settings = HealSettings::Reconstruct(ReconstructSettings { learning_rate: 1e30, ..settings });
+    let Err(error) = bed.try_treated("pruned", &[1.0], &settings) else { panic!("it held") };
+    assert!(error.to_string().contains("lower learning_rate"), "{error}");
+    assert!(!bed.workspace.dir().join(CANDIDATE).exists());
+}
+
+#[test]
 fn a_token_with_a_huge_stream_does_not_have_the_map_to_itself() {
     const TOKEN: usize = 7;
     const CHANNEL: usize = 5;
@@ -432,12 +447,7 @@ fn tokens_too_few_for_a_map_are_told_where_nothing_holds_it() {
         windows: Windows { train: vec![vec![1, 2, 3]], held_out: vec![vec![4, 5]] },
         ..Bed::golden("llama3", &[2])
     };
-    let wound = Wound { spec: &bed.spec, base: &bed.base, dropped: &bed.dropped, pruned: &bed.pruned };
-    let (source, scratch) = (bed.open("pruned"), bed.rig.path("scratch"));
-    let cx = bed.rig.cx(Stage::Heal);
-    let case =
-        Case { wound: &wound, source: &source, sizes: &[1.0], windows: &bed.windows, scratch: &scratch, cx };
-    let Err(error) = treat(&case, &least_squares(0.0), &bed.workspace) else { panic!("solved") };
+    let Err(error) = bed.try_treated("pruned", &[1.0], &least_squares(0.0)) else { panic!("solved") };
     assert!(error.to_string().contains("3 tokens") && error.to_string().contains("ridge"), "{error}");
 }
 

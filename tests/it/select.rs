@@ -7,7 +7,7 @@ use secateur::job::spec::{DamageSpec, Measures, PruneAmount, PruneSpec, Strategy
 
 use crate::support::made_up::profile;
 
-fn spec(strategy: Strategy, n: u32, keep_first: u32, keep_last: u32) -> PruneSpec {
+pub fn spec(strategy: Strategy, n: u32, keep_first: u32, keep_last: u32) -> PruneSpec {
     PruneSpec {
         rounds: 1,
         amount: Some(PruneAmount::Layers(n)),
@@ -46,7 +46,7 @@ fn select(profile: &LayerProfile, spec: &PruneSpec) -> Result<LayerSelection> {
     secateur::engine::select::select(profile, spec, 0, Oracles::default(), &mut |_, _, _| Ok(()))
 }
 
-type Damage<'a> = &'a dyn Fn(&[u32]) -> f64;
+pub type Damage<'a> = &'a dyn Fn(&[u32]) -> f64;
 
 /// The standard error that made-up damage comes with.
 fn error(damage: f64) -> f64 {
@@ -106,7 +106,7 @@ fn measured_by(
     (chosen.unwrap(), text.asked)
 }
 
-fn measured(profile: &LayerProfile, spec: &PruneSpec, damage: Damage) -> LayerSelection {
+pub fn measured(profile: &LayerProfile, spec: &PruneSpec, damage: Damage) -> LayerSelection {
     measured_by(profile, spec, 0, damage).0
 }
 
@@ -134,7 +134,7 @@ fn wild(set: &[u32]) -> f64 {
 }
 
 /// Each layer's own damage; together they add up.
-fn additive(set: &[u32]) -> f64 {
+pub fn additive(set: &[u32]) -> f64 {
     set.iter().map(|l| f64::from(l * 7 % 11) + 1.0).sum()
 }
 
@@ -149,7 +149,7 @@ fn trap(set: &[u32]) -> f64 {
     }
 }
 
-fn flat(layer_count: u32) -> LayerProfile {
+pub fn flat(layer_count: u32) -> LayerProfile {
     profile(layer_count, |_, n| 0.1 * f64::from(n))
 }
 

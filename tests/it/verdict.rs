@@ -130,7 +130,7 @@ fn speed_size_and_single_tasks_have_gates_of_their_own() {
     assert_eq!(decided(|_| (), size(1999)).0, Decision::Reject);
     let task = |least| {
         let items = Corpus::Text { text: "i".into() };
-        let tasks = vec![TaskSpec { task: "t".into(), items, limit: None, min_retention: Some(least) }];
+        let tasks = vec![TaskSpec { min_retention: Some(least), ..TaskSpec::of("t", items) }];
         judge(&sound(), &EvalSpec { tasks, ..EvalSpec::default() }).decision
     };
     assert_eq!((task(0.85), task(0.9), task(1.1)), (Decision::Ship, Decision::Review, Decision::Reject));
@@ -160,7 +160,7 @@ fn measured(change: impl Fn(&mut Weight)) -> (EvalReport, Decision) {
     let items = Corpus::Text { text: rows.join("\n") };
     let spec = EvalSpec {
         perplexity: vec![Corpus::Text { text: "The text that is measured on, again and again. ".repeat(40) }],
-        tasks: vec![TaskSpec { task: "t".into(), items, limit: None, min_retention: None }],
+        tasks: vec![TaskSpec::of("t", items)],
         seq_len: 64,
         speed: false,
         generation: Some(GenerationSpec {

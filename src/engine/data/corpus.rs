@@ -5,20 +5,16 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use bytes::Bytes;
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::{Field, Row, reader::RowIter};
-use parquet::schema::types::Type;
 use serde::Deserialize;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::parquet;
 use crate::engine::{Error, Result};
 use crate::job::spec::Corpus;
 
 /// Longest line of JSON lines; a longer one is no row but the wrong file.
 const MAX_LINE_BYTES: u64 = 64 << 20;
-/// Largest parquet file that comes compressed as a whole and must be held in memory.
-const MAX_PACKED_BYTES: u64 = 2 << 30;
 /// Plain text is handed on in parts of this size.
 const PART_BYTES: u64 = 1 << 20;
 
@@ -82,7 +78,7 @@ pub fn pieces(corpus: &Corpus) -> Result<Pieces> {
             (reader, Format::JsonLines) => Ok(Box::new(
                 Lines::new(path, reader).map(|line| line.and_then(|(place, l)| piece(place, &l))),
             )),
-            (reader, Format::Parquet) => rows(path, reader),
+            (reader, Format::Parquet) => Ok(Box::new(parquet::texts(path, reader)?)),
         },
         Corpus::Model { .. } => Err(Error::bug("text the model writes is not read from anywhere")),
         Corpus::Mix { .. } => Err(Error::bug("a mixture is read text by text")),
@@ -90,17 +86,31 @@ pub fn pieces(corpus: &Corpus) -> Result<Pieces> {
     }
 }
 
-/// The lines of a JSON-lines corpus that are not blank, each with the words that name its place.
-pub fn lines(corpus: &Corpus) -> Result<Lines> {
+/// Records, each with the words that name its place.
+pub type Records = Box<dyn Iterator<Item = Result<(String, Value)>>>;
+
+/// The records of a corpus of JSON lines, or the rows of a parquet file.
+///
+/// # Errors
+/// Data errors that name file and line.
+pub fn records(corpus: &Corpus) -> Result<Records> {
+    let parsed = |line: Result<(String, String)>| {
+        let (place, line) = line?;
+        let record = serde_json::from_str(&line);
+        let record = record.map_err(|e| Error::data(format!("{place}: {}", without_line(&e))))?;
+        Ok((place, record))
+    };
     match corpus {
         Corpus::Text { text } => {
-            Ok(Lines::new("text", Box::new(std::io::Cursor::new(text.clone().into_bytes()))))
+            let text = Box::new(std::io::Cursor::new(text.clone().into_bytes()));
+            Ok(Box::new(Lines::new("text", text).map(parsed)))
         }
         Corpus::Path { path } => match open(path)? {
-            (reader, Format::JsonLines) => Ok(Lines::new(path, reader)),
-            (_, Format::Text | Format::Parquet) => {
-                Err(Error::data(format!("{path}: must be JSON lines, a file named .jsonl")))
-            }
+            (reader, Format::JsonLines) => Ok(Box::new(Lines::new(path, reader).map(parsed))),
+            (reader, Format::Parquet) => Ok(Box::new(parquet::records(path, reader)?)),
+            (_, Format::Text) => Err(Error::data(format!(
+                "{path}: must be JSON lines or parquet, a file named .jsonl or .parquet"
+            ))),
         },
         Corpus::Model { .. } => Err(Error::spec("a model cannot write evaluation items; name a .jsonl file")),
         Corpus::Mix { .. } => Err(Error::spec("evaluation items are not mixed; name a .jsonl file")),
@@ -115,9 +125,9 @@ enum Format {
     Parquet,
 }
 
-type Reader = Box<dyn BufRead>;
+pub(super) type Reader = Box<dyn BufRead>;
 
-fn open_file(path: &str) -> Result<File> {
+pub(super) fn open_file(path: &str) -> Result<File> {
     let file = File::open(path).map_err(|e| unreadable(path, &e))?;
     if file.metadata().map_err(|e| unreadable(path, &e))?.is_dir() {
         return Err(Error::data(format!("{path}: is a directory; name a .txt, .jsonl or .parquet file")));
@@ -264,48 +274,11 @@ fn piece(place: String, line: &str) -> Result<Piece> {
 }
 
 /// serde's message; a row is one line, so its own "line 1" would only mislead.
-pub(super) fn without_line(e: &serde_json::Error) -> String {
+fn without_line(e: &serde_json::Error) -> String {
     e.to_string().replace(" at line 1 column", ", column")
 }
 
-fn rows(path: &str, reader: Reader) -> Result<Pieces> {
-    let name = path.to_owned();
-    let damaged =
-        move |e: &dyn std::fmt::Display| Error::data(format!("{name}: not a readable parquet file ({e})"));
-    let file = open_file(path)?;
-    let mut magic = [0; 4];
-    let plain = (&file).read_exact(&mut magic).is_ok() && magic == *b"PAR1";
-    let file: Box<dyn FileReader> = if plain {
-        Box::new(SerializedFileReader::new(file).map_err(|e| damaged(&e))?)
-    } else {
-        let mut content = Vec::new();
-        let read = reader.take(MAX_PACKED_BYTES + 1).read_to_end(&mut content);
-        read.map_err(|e| unreadable(path, &e))?;
-        if content.len() as u64 > MAX_PACKED_BYTES {
-            return Err(Error::data(format!("{path}: is too large to unpack in memory; store it unpacked")));
-        }
-        Box::new(SerializedFileReader::new(Bytes::from(content)).map_err(|e| damaged(&e))?)
-    };
-    let schema = file.metadata().file_metadata().schema();
-    let Some(column) = schema.get_fields().iter().find(|f| f.name() == "text").cloned() else {
-        let names: Vec<_> = schema.get_fields().iter().map(|f| f.name()).collect();
-        return Err(Error::data(format!("{path}: has no column `text`, only {}", names.join(", "))));
-    };
-    let text_only =
-        Type::group_type_builder(schema.name()).with_fields(vec![column]).build().map_err(|e| damaged(&e))?;
-    let rows = RowIter::from_file_into(file).project(Some(text_only)).map_err(|e| damaged(&e))?;
-    let path = path.to_owned();
-    let text = move |(i, row): (usize, parquet::errors::Result<Row>)| {
-        let row = row.map_err(|e| damaged(&e))?;
-        match row.get_column_iter().next().map(|(_, field)| field) {
-            Some(Field::Str(text)) => Ok(Piece::Text { text: text.clone(), begins: true }),
-            Some(_) | None => Err(Error::data(format!("{path}, row {}: `text` is not a string", i + 1))),
-        }
-    };
-    Ok(Box::new(rows.enumerate().map(text)))
-}
-
-fn unreadable(path: &str, e: &std::io::Error) -> Error {
+pub(super) fn unreadable(path: &str, e: &std::io::Error) -> Error {
     Error::data(format!("{path}: cannot be read: {e}"))
 }
 

@@ -2,9 +2,13 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::corpus::{label, lines, without_line};
+use serde_json::Value;
+
+use super::benchmark::Question;
+use super::corpus::{label, records};
 use crate::engine::{Error, Result};
-use crate::job::spec::Corpus;
+use crate::job::benchmark::Benchmark;
+use crate::job::spec::TaskSpec;
 
 /// One item; fields beside these (`id`, `task`, …) are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,6 +65,37 @@ impl Item {
         }
     }
 
+    /// One whose answer is written, until where the harness stops.
+    pub fn written(context: String, answer: String) -> Self {
+        Self::GenerateUntil { context, answer, until: gsm8k_stops(), max_gen_toks: harness_tokens() }
+    }
+
+    /// The question with its answer.
+    pub fn solved(&self) -> String {
+        let (question, answer) = match self {
+            Self::MultipleChoice { context, choices, gold } => (context, choices.get(*gold)),
+            Self::ContextChoice { contexts, continuation, gold } => {
+                (contexts.get(*gold).unwrap_or(continuation), Some(continuation))
+            }
+            Self::Loglikelihood { context, continuation } => (context, Some(continuation)),
+            Self::GenerateUntil { context, answer, .. } => (context, Some(answer)),
+        };
+        format!("{question} {}", answer.map_or("", String::as_str))
+    }
+
+    /// The same with `before` in front of what it asks.
+    fn behind(mut self, before: &str) -> Self {
+        match &mut self {
+            Self::MultipleChoice { context, .. }
+            | Self::Loglikelihood { context, .. }
+            | Self::GenerateUntil { context, .. } => context.insert_str(0, before),
+            Self::ContextChoice { contexts, .. } => {
+                contexts.iter_mut().for_each(|context| context.insert_str(0, before));
+            }
+        }
+        self
+    }
+
     /// All that a model could have learned by heart.
     pub fn text(&self) -> String {
         match self {
@@ -75,24 +110,63 @@ impl Item {
     }
 }
 
-/// The items of a corpus, the first `limit` of them.
+/// The items of a task, the first `limit` of them, each behind its shots.
 ///
 /// # Errors
 /// Data errors that name file and line.
-pub fn read(corpus: &Corpus, limit: Option<u32>) -> Result<Vec<Item>> {
-    let limit = limit.map_or(usize::MAX, |n| n as usize);
+pub fn read(task: &TaskSpec) -> Result<Vec<Item>> {
+    let shots = match &task.shots_from {
+        Some(corpus) if task.shots > 0 => {
+            records(corpus)?.map(|record| question(task.benchmark(), record?)).collect::<Result<Vec<_>>>()?
+        }
+        _ => Vec::new(),
+    };
     let mut items = Vec::new();
-    for line in lines(corpus)?.take(limit) {
-        let (place, line) = line?;
-        let item: Item =
-            serde_json::from_str(&line).map_err(|e| Error::data(format!("{place}: {}", without_line(&e))))?;
-        check(&item, &place)?;
-        items.push(item);
+    for record in records(&task.items)?.take(task.limit.map_or(usize::MAX, |n| n as usize)) {
+        let asked = question(task.benchmark(), record?)?;
+        let before = shots_before(&asked, &shots, task.shots as usize)?;
+        items.push(asked.item.behind(&before));
     }
     if items.is_empty() {
-        return Err(Error::data(format!("{}: has no evaluation items", label(corpus))));
+        return Err(Error::data(format!("{}: has no evaluation items", label(&task.items))));
     }
     Ok(items)
+}
+
+/// What stands before a question: what it is about, and the first `count` solved questions of its subject that are
+/// others.
+fn shots_before(asked: &Question, shots: &[Question], count: usize) -> Result<String> {
+    let fit = |shot: &&Question| shot.subject == asked.subject && shot.solved != asked.solved;
+    let fitting: Vec<&str> = shots.iter().filter(fit).take(count).map(|shot| &*shot.solved).collect();
+    if !shots.is_empty() && fitting.len() < count {
+        let of = asked.subject.as_ref().map_or(String::new(), |subject| format!(" about {subject}"));
+        return Err(Error::data(format!(
+            "`shots_from` has {} questions{of}, not the {count} of `shots`; ask for fewer",
+            fitting.len()
+        )));
+    }
+    Ok(fitting.iter().fold(asked.description.clone(), |before, shot| before + shot + "\n\n"))
+}
+
+/// The question of a record, which is an item already or a row of a benchmark.
+fn question(benchmark: Option<Benchmark>, (place, record): (String, Value)) -> Result<Question> {
+    let asked = match benchmark {
+        Some(benchmark) if record.get("kind").is_none() => Question::of(benchmark, &record, &place)?,
+        None if record.get("kind").is_none() && record.is_object() => {
+            let names = Benchmark::ALL.map(Benchmark::name).join(", ");
+            return Err(Error::data(format!(
+                "{place}: has no `kind`, so it is no item; where it is a row of a benchmark as published, call the task \
+                 so or name it as `format`: {names}"
+            )));
+        }
+        _ => {
+            let item: Item =
+                serde_json::from_value(record).map_err(|e| Error::data(format!("{place}: {e}")))?;
+            Question { description: String::new(), subject: None, solved: item.solved(), item }
+        }
+    };
+    check(&asked.item, &place)?;
+    Ok(asked)
 }
 
 fn check(item: &Item, place: &str) -> Result<()> {

@@ -1,9 +1,11 @@
 //! What comes in beside the model: text as token windows, evaluation items.
 
+mod benchmark;
 pub mod corpus;
 pub mod items;
 mod mix;
 pub mod overlap;
+mod parquet;
 pub mod windows;
 
 pub use corpus::{digest, label};

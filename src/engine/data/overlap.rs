@@ -27,7 +27,7 @@ pub fn find(spec: &JobSpec, base: &Checkpoint, cx: Cx) -> Result<Vec<Overlap>> {
     }
     let mut measured = Vec::new();
     for task in &spec.eval.tasks {
-        let items = items::read(&task.items, task.limit)?;
+        let items = items::read(task)?;
         let runs = items.iter().map(|item| Runs::of(&item.text()).collect()).collect();
         measured.push(Measured { name: task.task.clone(), runs });
     }

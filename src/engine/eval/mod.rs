@@ -65,10 +65,8 @@ struct Task {
 impl Material {
     /// Reads, or lets the base model write, what `spec` names. Its corpora must be local files by now.
     pub fn gather(base: &Checkpoint, spec: &EvalSpec, seed: u64, cx: Cx) -> Result<Self> {
-        let tasks = spec
-            .tasks
-            .iter()
-            .map(|task| Ok(Task { name: task.task.clone(), items: items::read(&task.items, task.limit)? }));
+        let tasks =
+            spec.tasks.iter().map(|task| Ok(Task { name: task.task.clone(), items: items::read(task)? }));
         let tasks = tasks.collect::<Result<Vec<Task>>>()?;
         let wanted = Wanted {
             seq_len: (spec.seq_len as usize).min(base.config().max_position_embeddings),

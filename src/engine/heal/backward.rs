@@ -25,6 +25,13 @@ pub struct Objective<'a> {
     pub scale: f64,
 }
 
+/// The stream of all windows, one behind the other, where it enters a layer below which nothing is trained.
+pub struct Entering {
+    pub layer: usize,
+    /// `[rows, h]`.
+    pub stream: Tensor,
+}
+
 /// What the stream should be at a seam.
 pub struct Seam {
     /// The layer that it enters.
@@ -41,11 +48,12 @@ pub fn next_tokens(windows: &[&[u32]]) -> Vec<SoftTarget> {
 }
 
 /// Sum of the cross-entropies of the targets, in nats, and of what the seams add to them, and the gradient of `scale`
-/// times that sum for every variable.
+/// times that sum for every variable. What is known of the stream of the windows is not computed again.
 pub fn loss_and_gradients(
     decoder: &Decoder,
     trainables: &Trainables,
     windows: &[&[u32]],
+    known: Option<Entering>,
     objective: &Objective,
     draw: Draw,
 ) -> Result<(f64, Vec<Tensor>)> {
@@ -53,25 +61,28 @@ pub fn loss_and_gradients(
     let pass = decoder.pass(&batch);
     let layer_count = decoder.config().layer_count;
     let lowest = trainables.lowest();
-    let rows = batch.tokens.len();
-    // The streams entering each layer, and the one that leaves the last.
-    let mut seams =
-        Streams::new((0..=layer_count).map(|_| rows), decoder.config().hidden_size, decoder.compute())?;
-    seams.set(0, &decoder.embed(&batch)?)?;
+    let Entering { layer: first, stream } = match known {
+        Some(known) => known,
+        None => Entering { layer: 0, stream: decoder.embed(&batch)? },
+    };
+    // The streams entering each layer from the first on, and the one that leaves the last.
+    let rows = (first..=layer_count).map(|_| batch.tokens.len());
+    let mut seams = Streams::new(rows, decoder.config().hidden_size, decoder.compute())?;
+    seams.set(0, &stream)?;
     let mut traces: Vec<Option<Trace>> = Vec::new();
     let mut room = decoder.room_bytes();
-    for index in 0..layer_count {
+    for index in first..layer_count {
         decoder.read_ahead(index + 1);
         let layer = trainables.on(decoder.layer(index)?, index, draw, false, decoder.compute())?;
-        let entering = seams.get(index)?;
+        let entering = seams.get(index - first)?;
         if index >= lowest && room > 0 && layer.is_native() {
             let (leaving, trace) = layer.forward_traced(&entering, &pass)?;
             room = room.saturating_sub(trace.bytes());
             traces.push(Some(trace));
-            seams.set(index + 1, &leaving)?;
+            seams.set(index + 1 - first, &leaving)?;
         } else {
             traces.push(None);
-            seams.set(index + 1, &layer.forward(&entering, &pass, None)?)?;
+            seams.set(index + 1 - first, &layer.forward(&entering, &pass, None)?)?;
         }
         decoder.release(index);
     }
@@ -79,15 +90,15 @@ pub fn loss_and_gradients(
     let head = trainables.head();
     let weight = head.map(|head| trainables.variables[head].as_detached_tensor());
     let HeadLoss { nll, stream, weight } =
-        at_head(decoder, &seams.get(layer_count)?, &batch, objective, weight.as_ref())?;
+        at_head(decoder, &seams.get(layer_count - first)?, &batch, objective, weight.as_ref())?;
     if let Some(head) = head {
         gradients[head] = weight;
     }
     let mut loss: f64 = nll.iter().map(|n| f64::from(*n)).sum();
     let mut upstream = stream;
-    for index in (0..layer_count).rev() {
+    for index in (first..layer_count).rev() {
         for seam in objective.seams.iter().filter(|seam| seam.layer == index + 1) {
-            let (lacking, gradient) = seam.lacking(&seams.get(index + 1)?)?;
+            let (lacking, gradient) = seam.lacking(&seams.get(index + 1 - first)?)?;
             loss += lacking;
             upstream = (upstream + (gradient * objective.scale)?.to_dtype(decoder.compute().dtype)?)?;
         }
@@ -98,7 +109,8 @@ pub fn loss_and_gradients(
         if index > lowest {
             decoder.read_ahead(index - 1);
         }
-        let way = Way { entering: &seams.get(index)?, pass: &pass, trace: traces[index].take() };
+        let way =
+            Way { entering: &seams.get(index - first)?, pass: &pass, trace: traces[index - first].take() };
         // Nothing is trained below the lowest of it: what enters there needs no gradient.
         let dx = way.back(&layer, index, &upstream, index > lowest, trainables, &mut gradients)?;
         upstream = dx.unwrap_or(upstream);

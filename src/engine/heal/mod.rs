@@ -8,6 +8,7 @@ mod beside;
 mod change;
 mod least_squares;
 mod peft;
+pub mod prefix;
 mod qlora;
 mod reconstruct;
 mod rescale;

@@ -10,7 +10,7 @@ use crate::job::heal::QloraSettings;
 
 /// Trains adapters and has them merged.
 pub fn heal(case: &Case, settings: &QloraSettings) -> Result<Remedy> {
-    let trained = train(Course::of(case, settings.bits, &settings.training)?, settings)?;
+    let trained = train(Course::of(case, settings.base(), &settings.training)?, settings)?;
     Ok(Remedy { adapters: trained.trainables.trained_adapters(), ..Remedy::trained(case, trained) })
 }
 

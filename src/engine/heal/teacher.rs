@@ -89,6 +89,11 @@ impl Teacher {
         Ok(targets)
     }
 
+    /// The lowest layer of the pruned model that a stream which is taught enters.
+    pub fn lowest_seam(&self) -> Option<usize> {
+        self.cuts.iter().map(|cut| cut.pruned).min()
+    }
+
     /// What the stream should be behind the cuts that are taught, for every token of window `number`.
     pub fn seams(&mut self, number: usize, window: &[u32]) -> Result<Vec<Seam>> {
         let mut place = self.place(number, window)? + self.pairs_bytes(window) as u64;

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::Tensor;
 
 use super::backward::{Objective, Seam, loss_and_gradients, next_tokens};
+use super::prefix::Prefix;
 use super::steps::{Slope, Steps, Taken};
 use super::teacher::Teacher;
 use super::trainables::{Draw, Trainables};
@@ -15,7 +16,7 @@ use crate::engine::model::kernel::rows::SoftTarget;
 use crate::engine::model::{Checkpoint, Decoder};
 use crate::engine::{Cx, Error, Result};
 use crate::job::report::FailureKind;
-use crate::job::training::{BaseBits, Training};
+use crate::job::training::{BaseFormat, Training};
 
 /// Tokens per micro-batch, or fewer where the memory is too little for so many; an optimizer step accumulates
 /// as many as it needs.
@@ -45,7 +46,7 @@ impl Windows {
 pub struct Course<'a> {
     pub source: &'a Checkpoint,
     /// How the frozen linear layers are kept.
-    pub bits: BaseBits,
+    pub base: BaseFormat,
     pub training: &'a Training,
     pub windows: &'a Windows,
     pub teacher: Option<Teacher>,
@@ -63,22 +64,31 @@ pub struct Trained {
 
 impl<'a> Course<'a> {
     /// The course of a case.
-    pub fn of(case: &'a Case, bits: BaseBits, training: &'a Training) -> Result<Self> {
+    pub fn of(case: &'a Case, base: BaseFormat, training: &'a Training) -> Result<Self> {
         let teacher = training.distill.as_ref().map(|spec| Teacher::of(case, spec)).transpose()?;
         let &Case { source, windows, scratch, cx, wound, .. } = case;
-        Ok(Self { source, bits, training, windows, teacher, seed: wound.spec.seed, scratch, cx })
+        Ok(Self { source, base, training, windows, teacher, seed: wound.spec.seed, scratch, cx })
     }
 
     /// Trains, and can be stopped and gone on with at every step.
     pub fn run(mut self, trainables: Trainables) -> Result<Trained> {
         let Self { training, cx, .. } = self;
-        let frozen = Decoder::open_frozen(self.source, cx.compute, self.bits)?;
+        let frozen = Decoder::open_frozen(self.source, cx.compute, self.base)?;
+        let mut prefix = self.prefix(&frozen, &trainables)?;
         let mut micro_batch = MICRO_BATCH_TOKENS.min(frozen.rows_at_once());
         let steps = Steps { training, scratch: self.scratch, name: "training", task: "training", cx };
         let taken = steps.take(&trainables.variables, &mut |step| {
-            self.slope(&frozen, &trainables, &mut micro_batch, step)
+            self.slope(&frozen, &trainables, &mut prefix, &mut micro_batch, step)
         })?;
         Ok(Trained { trainables, taken })
+    }
+
+    /// What to keep of the layers below all that is trained or taught; nothing where no window is seen twice.
+    fn prefix(&self, frozen: &Decoder, trainables: &Trainables) -> Result<Option<Prefix>> {
+        let taught = self.teacher.as_ref().and_then(Teacher::lowest_seam);
+        let layer = taught.map_or(trainables.lowest(), |seam| seam.min(trainables.lowest()));
+        let again = self.training.windows() > self.windows.train.len();
+        (layer > 0 && again).then(|| Prefix::new(frozen, layer, self.windows)).transpose()
     }
 
     /// Loss and gradients of a step; with smaller micro-batches from now on where they do not fit.
@@ -86,12 +96,13 @@ impl<'a> Course<'a> {
         &mut self,
         frozen: &Decoder,
         trainables: &Trainables,
+        prefix: &mut Option<Prefix>,
         micro_batch: &mut usize,
         step: u32,
     ) -> Result<Slope> {
         let lessons = self.lessons(step)?;
         let (loss, gradients) = loop {
-            match self.gradients(frozen, trainables, &lessons, *micro_batch, step) {
+            match self.gradients(frozen, trainables, prefix, &lessons, *micro_batch, step) {
                 Err(Error::Failed(failure))
                     if failure.kind == FailureKind::OutOfMemory && *micro_batch == MICRO_BATCH_TOKENS =>
                 {
@@ -114,8 +125,9 @@ impl<'a> Course<'a> {
         let lesson = |number: usize| {
             let window = windows.train[number].as_slice();
             Ok(match &mut self.teacher {
-                None => Lesson { window, targets: next_tokens(&[window]), seams: Vec::new() },
+                None => Lesson { number, window, targets: next_tokens(&[window]), seams: Vec::new() },
                 Some(teacher) => Lesson {
+                    number,
                     window,
                     targets: teacher.targets(number, window)?,
                     seams: teacher.seams(number, window)?,
@@ -130,6 +142,7 @@ impl<'a> Course<'a> {
         &self,
         frozen: &Decoder,
         trainables: &Trainables,
+        prefix: &mut Option<Prefix>,
         lessons: &[Lesson],
         micro_batch: usize,
         step: u32,
@@ -145,7 +158,9 @@ impl<'a> Course<'a> {
                 lessons.iter().flat_map(|lesson| lesson.targets.iter().cloned()).collect();
             let seams = seams_of(lessons)?;
             let objective = Objective { targets: &targets, seams: &seams, scale };
-            let (sum, new) = loss_and_gradients(frozen, trainables, &windows, &objective, draw)?;
+            let numbered = lessons.iter().map(|lesson| (lesson.number, lesson.window));
+            let known = prefix.as_mut().map(|prefix| prefix.entering(frozen, numbered)).transpose()?;
+            let (sum, new) = loss_and_gradients(frozen, trainables, &windows, known, &objective, draw)?;
             loss += sum * scale;
             gradients = if gradients.is_empty() {
                 new
@@ -160,6 +175,8 @@ impl<'a> Course<'a> {
 /// A window, and what should be predicted for every token of it but the first, and what the stream should be behind the
 /// cuts.
 struct Lesson<'a> {
+    /// Of the window among those to work on.
+    number: usize,
     window: &'a [u32],
     targets: Vec<SoftTarget>,
     seams: Vec<Seam>,

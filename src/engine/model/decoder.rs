@@ -20,7 +20,7 @@ use super::streams::Streams;
 use super::weight::Weight;
 use crate::checkpoint::Config;
 use crate::engine::{Error, Result};
-use crate::job::spec::BaseBits;
+use crate::job::spec::BaseFormat;
 
 /// A decoder ready to run. On the processor its weights stay in the mapped files; on another device, layers
 /// that do not fit in memory together are read when their turn comes.
@@ -89,22 +89,27 @@ impl Decoder {
         )))
     }
 
-    /// Opens a decoder whose linear layers have the values that `bits` bits leave them, and are kept so: in
+    /// Opens a decoder whose linear layers have the values that `format` leaves them, and are kept so: in
     /// memory if they fit, else in a file.
-    pub fn open_frozen(checkpoint: &Checkpoint, compute: &Compute, bits: BaseBits) -> Result<Self> {
+    pub fn open_frozen(checkpoint: &Checkpoint, compute: &Compute, format: BaseFormat) -> Result<Self> {
         let mut room = compute.memory.share(1, 4) as u64;
-        let each = checkpoint.layer_bytes() / 16 * u64::from(u8::from(bits));
+        let bits = match format {
+            BaseFormat::Sixteen => 16,
+            BaseFormat::Int8 => 8,
+            BaseFormat::Four(_) => 4,
+        };
+        let each = checkpoint.layer_bytes() / 16 * bits;
         Self::with_layers(checkpoint, compute, |index| {
-            if bits == BaseBits::Sixteen && !compute.native() {
+            if format == BaseFormat::Sixteen && !compute.native() {
                 return Ok(Stored::OnDisk);
             }
             let layer = Layer::load(checkpoint, index, compute)?;
-            if bits == BaseBits::Sixteen {
+            if format == BaseFormat::Sixteen {
                 return Ok(Stored::Resident(Box::new(layer)));
             }
             let config = checkpoint.config();
             let linears = config.linears(index);
-            let layer = layer.quantised(bits, compute, |i| {
+            let layer = layer.quantised(format, compute, |i| {
                 checkpoint.release(&format!("{}.weight", config.in_layer(index, linears[i].name)));
             })?;
             if room < each && compute.native() {
@@ -193,7 +198,7 @@ impl Decoder {
     /// Memory that a training step may keep activations in, instead of computing them again: a third of a
     /// step's time is worth memory that nobody uses, but not much of it.
     pub fn room_bytes(&self) -> usize {
-        self.compute.memory.share(1, 16)
+        self.compute.memory.share(1, 24)
     }
 
     /// Rows that go through a layer at once: as many as make good use of it, fewer where what it computes

@@ -14,7 +14,7 @@ use super::kernel::product::product;
 use super::kernel::{self, Rounding};
 use crate::checkpoint::Dtype;
 use crate::engine::{Error, Result};
-use crate::job::spec::BaseBits;
+use crate::job::spec::{BaseFormat, FourBits};
 
 /// A frozen matrix `[outputs, inputs]`. Cheap to clone.
 #[derive(Clone)]
@@ -89,8 +89,8 @@ impl Weight {
         Ok(Self::Frozen(Arc::new(Frozen { matrix, turned, rounding })))
     }
 
-    /// The same matrix, `[outputs, inputs]`, with the values that `bits` bits leave it.
-    pub fn quantised(&self, bits: BaseBits, compute: &Compute) -> Result<Self> {
+    /// The same matrix, `[outputs, inputs]`, with the values that `format` leaves it.
+    pub fn quantised(&self, format: BaseFormat, compute: &Compute) -> Result<Self> {
         let copied;
         let (matrix, turned) = match self {
             Self::Frozen(frozen) => (&frozen.matrix, frozen.turned),
@@ -104,10 +104,11 @@ impl Weight {
                 (&copied, false)
             }
         };
-        let matrix = match bits {
-            BaseBits::Four => matrix.nf4(turned),
-            BaseBits::Eight => matrix.int8(turned),
-            BaseBits::Sixteen => return Ok(self.clone()),
+        let matrix = match format {
+            BaseFormat::Four(FourBits::Nf4) => matrix.nf4(turned),
+            BaseFormat::Four(FourBits::Q4) => matrix.q4(turned),
+            BaseFormat::Int8 => matrix.int8(turned),
+            BaseFormat::Sixteen => return Ok(self.clone()),
         };
         let rounding = compute.rounding.filter(|r| *r == Rounding::Once);
         Ok(Self::Frozen(Arc::new(Frozen { matrix, turned: false, rounding })))

@@ -7,6 +7,14 @@ use super::{Error, Measured, Oracle, Result, Tell};
 use crate::job::report::{Ablation, Cost};
 use crate::job::spec::DamageSpec;
 
+/// One in so many windows is a first heat.
+const HEAT: usize = 4;
+/// Fewer windows say too little of how sure they are.
+const LEAST_WINDOWS: usize = 4;
+/// Standard errors, of each of two damages, that must lie between them for it to be sure which is less: more than it
+/// takes, as both are of the same windows.
+const SURE: f64 = 2.0;
+
 /// A set of layers left out (ascending), and how many windows it is measured on.
 type Question = (Vec<u32>, usize);
 
@@ -18,6 +26,8 @@ pub struct Meter<'a> {
     known: HashMap<Question, Measured>,
     /// What the present strategy has asked for.
     asked: HashSet<Question>,
+    /// Of which sets that was: a set is one evaluation, however often it is looked at.
+    sets: HashSet<Vec<u32>>,
     cost: Cost,
     exhausted: bool,
     task: String,
@@ -36,6 +46,7 @@ impl<'a> Meter<'a> {
             most,
             known: HashMap::new(),
             asked: HashSet::new(),
+            sets: HashSet::new(),
             cost: Cost::default(),
             exhausted: false,
             task: String::new(),
@@ -57,6 +68,7 @@ impl<'a> Meter<'a> {
     /// The next strategy: nothing asked, nothing spent. `task` is what its progress is called.
     pub fn begin(&mut self, task: String) {
         self.asked.clear();
+        self.sets.clear();
         (self.cost, self.exhausted) = (Cost::default(), false);
         (self.task, self.planned, self.looked_up) = (task, 0, 0);
     }
@@ -87,17 +99,50 @@ impl<'a> Meter<'a> {
     /// The damage of each of `sets` on the first `windows` windows; none where the budget does not reach. Those
     /// worth knowing most come first.
     pub fn search(&mut self, sets: &[Vec<u32>], windows: usize, tell: Tell) -> Result<Vec<Option<f64>>> {
+        let found = self.ask(sets, windows, tell)?;
+        Ok(found.into_iter().map(|found| found.map(|measured| measured.damage)).collect())
+    }
+
+    /// The damage on all windows of the `count` sets that do least, and of those that might: what a quarter of the
+    /// windows says surely is not among them is not measured on the others, and none is known of it.
+    pub fn least(&mut self, sets: &[Vec<u32>], count: usize, tell: Tell) -> Result<Vec<Option<f64>>> {
+        let (all, few) = (self.windows(), self.windows() / HEAT);
+        if self.heats() == 1 || sets.len() <= count {
+            return self.search(sets, all, tell);
+        }
+        let heat = self.ask(sets, few, tell)?;
+        let at_most = |measured: &Measured| measured.damage + SURE * measured.stderr;
+        let mut bounds: Vec<f64> = heat.iter().flatten().map(at_most).collect();
+        bounds.sort_by(f64::total_cmp);
+        // With fewer measured than wanted the budget has ended.
+        let bound = bounds.get(count - 1).copied().unwrap_or(f64::INFINITY);
+        let may = |m: &Option<Measured>| m.is_some_and(|m| m.damage - SURE * m.stderr <= bound);
+        let left: Vec<bool> = heat.iter().map(may).collect();
+        let of_left = |(set, left): (&Vec<u32>, &bool)| left.then(|| set.clone());
+        let measured =
+            self.search(&sets.iter().zip(&left).filter_map(of_left).collect::<Vec<_>>(), all, tell)?;
+        let mut measured = measured.into_iter();
+        Ok(left.into_iter().map(|left| if left { measured.next().flatten() } else { None }).collect())
+    }
+
+    /// How often [`Self::least`] may look at a set.
+    pub fn heats(&self) -> usize {
+        if self.windows() / HEAT < LEAST_WINDOWS { 1 } else { 2 }
+    }
+
+    fn ask(&mut self, sets: &[Vec<u32>], windows: usize, tell: Tell) -> Result<Vec<Option<Measured>>> {
         let tokens = self.oracle.tokens(windows);
         let questions: Vec<Question> = sets.iter().map(|set| (set.clone(), windows)).collect();
         for question in &questions {
             if self.asked.contains(question) {
                 continue;
             }
-            let next = Cost { evaluations: self.cost.evaluations + 1, tokens: self.cost.tokens + tokens };
+            let next = self.with(&question.0, tokens);
             if next.evaluations > self.most.evaluations || next.tokens > self.most.tokens {
                 self.exhausted = true;
             } else {
                 self.asked.insert(question.clone());
+                self.sets.insert(question.0.clone());
                 self.cost = next;
             }
         }
@@ -109,8 +154,14 @@ impl<'a> Meter<'a> {
         tell(&self.task, self.looked_up, self.planned.max(self.looked_up))?;
         Ok(questions
             .iter()
-            .map(|q| if self.asked.contains(q) { self.known.get(q).map(|known| known.damage) } else { None })
+            .map(|q| if self.asked.contains(q) { self.known.get(q).copied() } else { None })
             .collect())
+    }
+
+    /// The cost with `set` sent through on so many tokens.
+    fn with(&self, set: &[u32], tokens: u64) -> Cost {
+        let new = u64::from(!self.sets.contains(set));
+        Cost { evaluations: self.cost.evaluations + new, tokens: self.cost.tokens + tokens }
     }
 
     /// The damage of `set` on all windows, for what a search has settled on: it is known whatever it costs.
@@ -118,8 +169,8 @@ impl<'a> Meter<'a> {
         let windows = self.windows();
         let question = (set.to_vec(), windows);
         if self.asked.insert(question.clone()) {
-            self.cost.evaluations += 1;
-            self.cost.tokens += self.oracle.tokens(windows);
+            self.cost = self.with(set, self.oracle.tokens(windows));
+            self.sets.insert(set.to_vec());
         }
         Ok(self.damage(set, tell)?.damage)
     }

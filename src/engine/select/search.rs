@@ -21,13 +21,14 @@ pub fn rounds(
     per_round: u32,
     tell: Tell,
 ) -> Result<Found> {
-    let (n, windows) = (room.n as usize, meter.windows());
+    let n = room.n as usize;
     let per_round = per_round.max(1) as usize;
-    meter.plan((0..n).step_by(per_round).map(|gone| (order.len() - gone) as u64).sum());
+    let sets: usize = (0..n).step_by(per_round).map(|gone| order.len() - gone).sum();
+    meter.plan((meter.heats() * sets) as u64);
     let (mut gone, mut candidates) = (Vec::new(), Vec::new());
     while gone.len() < n {
         let sets: Vec<Vec<u32>> = order.iter().map(|layer| with(&gone, *layer)).collect();
-        let damages = meter.search(&sets, windows, tell)?;
+        let damages = meter.least(&sets, per_round.min(n - gone.len()), tell)?;
         if gone.is_empty() {
             candidates = singles(&order, &damages);
         }
@@ -42,14 +43,14 @@ pub fn rounds(
 
 /// Drops layer by layer, keeping the `width` best partial cuts; one of them is greedy.
 pub fn beam(meter: &mut Meter, room: &Room, order: &[u32], width: u32, tell: Tell) -> Result<Found> {
-    let (n, width, windows) = (room.n as usize, width.max(1) as usize, meter.windows());
-    meter.plan(
-        (0..n).map(|gone| (order.len() - gone) * if gone == 0 { 1 } else { width }).sum::<usize>() as u64
-    );
+    let (n, width) = (room.n as usize, width.max(1) as usize);
+    let of_beams = |gone| if gone == 0 { 1 } else { width };
+    let sets: usize = (0..n).map(|gone| (order.len() - gone) * of_beams(gone)).sum();
+    meter.plan((meter.heats() * sets) as u64);
     let (mut beams, mut best, mut candidates) = (vec![Vec::new()], Vec::new(), Vec::new());
     for gone in 0..n {
         let children = children(&beams, order);
-        let damages = meter.search(&children, windows, tell)?;
+        let damages = meter.least(&children, width, tell)?;
         if gone == 0 {
             candidates = singles(order, &damages);
         }

@@ -79,7 +79,10 @@ impl Bench {
             .spawn()
             .unwrap();
         let mut stdin = child.stdin.take().unwrap();
-        stdin.write_all(spec.to_string().as_bytes()).unwrap();
+        if let Err(error) = stdin.write_all(spec.to_string().as_bytes()) {
+            // It refused its arguments and read nothing.
+            assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
+        }
         child
     }
 

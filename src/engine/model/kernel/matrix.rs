@@ -8,6 +8,7 @@ use super::buffer::Line;
 use super::decode::{Bf16, Decode, F16, F32};
 use super::few::{self, Few};
 use super::product::{Out, Start};
+use super::q4::Q4;
 use super::quant::{Int8, Nf4};
 use super::unpack::{self, Grid, Place};
 
@@ -26,6 +27,7 @@ enum Data {
     F16(Bytes),
     F32(Bytes),
     Nf4(Nf4),
+    Q4(Q4),
     Int8(Int8),
 }
 
@@ -73,6 +75,7 @@ macro_rules! decoded {
                 $work
             }
             Data::Nf4($data) => $work,
+            Data::Q4($data) => $work,
             Data::Int8($data) => $work,
         }
     };
@@ -107,6 +110,13 @@ impl Matrix {
         self.packed(turned, |count| Data::Nf4(pack(count)))
     }
 
+    /// The same as GGML's Q4_0 has it.
+    #[must_use]
+    pub fn q4(&self, turned: bool) -> Self {
+        let pack = |count| Q4::pack(count, |first, out| self.values(first, turned, out));
+        self.packed(turned, |count| Data::Q4(pack(count)))
+    }
+
     /// The values that eight bits leave of it, or of what it is `turned`.
     #[must_use]
     pub fn int8(&self, turned: bool) -> Self {
@@ -133,6 +143,7 @@ impl Matrix {
     pub fn codes(&self) -> Option<&Bytes> {
         match &self.data {
             Data::Nf4(nf4) => Some(&nf4.codes),
+            Data::Q4(q4) => Some(&q4.codes),
             Data::Int8(int8) => Some(&int8.codes),
             Data::Bf16(_) | Data::F16(_) | Data::F32(_) => None,
         }
@@ -143,6 +154,7 @@ impl Matrix {
     pub fn with_codes(&self, codes: Bytes) -> Self {
         let data = match &self.data {
             Data::Nf4(nf4) => Data::Nf4(Nf4 { codes, ..nf4.clone() }),
+            Data::Q4(q4) => Data::Q4(Q4 { codes, ..q4.clone() }),
             Data::Int8(int8) => Data::Int8(Int8 { codes, ..int8.clone() }),
             data @ (Data::Bf16(_) | Data::F16(_) | Data::F32(_)) => data.clone(),
         };
@@ -162,7 +174,9 @@ impl Matrix {
             Data::Bf16(bytes) => Data::Bf16(part(bytes, 2)),
             Data::F16(bytes) => Data::F16(part(bytes, 2)),
             Data::F32(bytes) => Data::F32(part(bytes, 4)),
-            Data::Nf4(_) | Data::Int8(_) => unreachable!("a part of a quantised matrix. This is a bug."),
+            Data::Nf4(_) | Data::Q4(_) | Data::Int8(_) => {
+                unreachable!("a part of a quantised matrix. This is a bug.")
+            }
         };
         Self { rows: range.len(), columns: self.columns, data }
     }

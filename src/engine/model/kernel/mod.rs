@@ -20,6 +20,7 @@ pub mod map;
 pub mod matrix;
 mod outer;
 pub mod product;
+mod q4;
 pub mod quant;
 pub mod rows;
 mod scores;

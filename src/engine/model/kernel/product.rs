@@ -380,7 +380,7 @@ mod tests {
             let floats = Matrix::floats(&w, n, k);
             let f16: Vec<u8> = w.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
             let f16 = Matrix::stored(f16.into(), super::super::matrix::Stored::F16, n, k);
-            for matrix in [floats.nf4(false), floats.int8(false), f16] {
+            for matrix in [floats.nf4(false), floats.q4(false), floats.int8(false), f16] {
                 let mut read = vec![0.0; n * k];
                 read.chunks_mut(k).enumerate().for_each(|(i, row)| matrix.row(i, row));
                 for (m, side) in [(1, Side::Rows), (7, Side::Rows), (40, Side::Rows), (40, Side::Columns)] {

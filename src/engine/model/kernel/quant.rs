@@ -55,12 +55,14 @@ pub(super) struct Scales {
 impl Nf4 {
     /// Packs `count` values; `values(first, out)` gives those from `first` on.
     pub fn pack(count: usize, values: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let (codes, maxima) = packed(count, 2, values, |block, maximum, codes| {
+        let (codes, maxima) = packed::<BLOCK>(count, 2, values, |block, codes| {
+            let maximum = absolute_maximum(block);
             let inverse = if maximum > 0.0 { 1.0 / maximum } else { 0.0 };
             for (pair, code) in block.chunks(2).zip(codes) {
                 let low = pair.get(1).map_or(0, |w| nearest_nf4(w * inverse));
                 *code = nearest_nf4(pair[0] * inverse) << 4 | low;
             }
+            maximum
         });
         Self { codes: codes.into(), scales: Arc::new(Scales::pack(&maxima)) }
     }
@@ -195,41 +197,41 @@ fn pairs_across(data: &impl Decode, at: usize) -> __m512i {
 impl Int8 {
     /// Packs `count` values; `values(first, out)` gives those from `first` on.
     pub fn pack(count: usize, values: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let (codes, maxima) = packed(count, 1, values, |block, maximum, codes| {
+        let (codes, scales) = packed::<BLOCK>(count, 1, values, |block, codes| {
+            let maximum = absolute_maximum(block);
             let inverse = if maximum > 0.0 { 127.0 / maximum } else { 0.0 };
             for (w, code) in block.iter().zip(codes) {
                 *code = ((w * inverse).round() as i8).cast_unsigned();
             }
+            maximum / 127.0
         });
-        Self { codes: codes.into(), scales: maxima.iter().map(|m| m / 127.0).collect() }
+        Self { codes: codes.into(), scales: scales.into() }
     }
 }
 
 /// Values that are unpacked at a time on their way to their codes.
 const PIECE: usize = 64 * BLOCK;
 
-/// The codes of `count` values, so many in a byte, and the absolute maxima of all blocks: `encode(block, maximum,
-/// out)` writes the codes of one block.
-fn packed(
+/// The codes of `count` values, so many in a byte, and the scales of all blocks of `BLOCK` values: `encode(block, out)`
+/// writes the codes of one block and gives its scale.
+pub(super) fn packed<const BLOCK: usize>(
     count: usize,
     in_byte: usize,
     values: impl Fn(usize, &mut [f32]) + Sync,
-    encode: impl Fn(&[f32], f32, &mut [u8]) + Sync,
+    encode: impl Fn(&[f32], &mut [u8]) -> f32 + Sync,
 ) -> (Vec<u8>, Vec<f32>) {
     let mut codes = vec![0; count.div_ceil(in_byte)];
-    let mut maxima = vec![0.0; count.div_ceil(BLOCK)];
-    let pieces = codes.par_chunks_mut(PIECE / in_byte).zip(maxima.par_chunks_mut(PIECE / BLOCK)).enumerate();
-    pieces.for_each(|(i, (codes, maxima))| {
+    let mut scales = vec![0.0; count.div_ceil(BLOCK)];
+    let pieces = codes.par_chunks_mut(PIECE / in_byte).zip(scales.par_chunks_mut(PIECE / BLOCK)).enumerate();
+    pieces.for_each(|(i, (codes, scales))| {
         let piece = &mut [0.0; PIECE][..PIECE.min(count - i * PIECE)];
         values(i * PIECE, piece);
-        for ((block, codes), maximum) in
-            piece.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / in_byte)).zip(maxima)
+        for ((block, codes), scale) in piece.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / in_byte)).zip(scales)
         {
-            *maximum = absolute_maximum(block);
-            encode(block, *maximum, codes);
+            *scale = encode(block, codes);
         }
     });
-    (codes, maxima)
+    (codes, scales)
 }
 
 #[allow(clippy::inline_always)]

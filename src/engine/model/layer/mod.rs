@@ -25,7 +25,7 @@ use super::{Compute, Memory, ops};
 use crate::checkpoint::family::{Norm as NormKind, QkNorm, Qkv};
 use crate::checkpoint::{Activation, Config, LayerShape, Role};
 use crate::engine::{Error, Result};
-use crate::job::spec::BaseBits;
+use crate::job::spec::BaseFormat;
 
 /// A decoder layer with its weights at hand: attention and MLP, each with the norms around it that the
 /// family has. Cheap to clone.
@@ -126,11 +126,11 @@ impl Layer {
             shape: Shape::of(config, index),
         })
     }
-    /// The same layer with the values that `bits` bits leave its linear layers; `done(i)` hears that the weight
+    /// The same layer with the values that `format` leaves its linear layers; `done(i)` hears that the weight
     /// of linear layer `i` was read.
-    pub fn quantised(mut self, bits: BaseBits, compute: &Compute, done: impl Fn(usize)) -> Result<Self> {
+    pub fn quantised(mut self, format: BaseFormat, compute: &Compute, done: impl Fn(usize)) -> Result<Self> {
         for (i, linear) in self.linears.iter_mut().enumerate() {
-            linear.weight = linear.weight.quantised(bits, compute)?;
+            linear.weight = linear.weight.quantised(format, compute)?;
             done(i);
         }
         Ok(self)
