@@ -29,13 +29,41 @@ pub struct Budget {
     /// Perplexity relative to the base model's, on every text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_perplexity_ratio: Option<f64>,
+    /// Of the numbers of layers that keep all promises, the one that comes off best when these are weighed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weigh: Option<Weights>,
+}
+
+/// How much several things matter beside each other: what is looked for is the least of the sum of each weight times
+/// what is lost of it, as a natural logarithm. With `{"perplexity": 1, "speed": 2}` a decoder that is 10 % faster is worth 0.2
+/// nats per token.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Weights {
+    /// Of perplexity over the base model's: nats per token, the mean of all texts.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub perplexity: f64,
+    /// Of accuracy above chance under the base model's, all tasks together.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub accuracy: f64,
+    /// Of the weight files over the base model's.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub size: f64,
+    /// Of tokens per second while decoding under the base model's.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub speed: f64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 impl Budget {
     /// What cutting more makes easier to keep.
     #[must_use]
     pub fn costs(self) -> Self {
-        Self { min_retention: None, max_perplexity_ratio: None, ..self }
+        Self { min_retention: None, max_perplexity_ratio: None, weigh: None, ..self }
     }
 
     /// What cutting more makes harder to keep.
@@ -60,6 +88,7 @@ impl Budget {
             max_latency_ms,
             min_retention,
             max_perplexity_ratio,
+            weigh: _,
         } = self;
         Gates {
             min_retention,
@@ -98,6 +127,10 @@ impl Budget {
             self.max_latency_ms.map(|v| format!("max-latency-{v}")),
             self.min_retention.map(|v| format!("min-retention-{v}")),
             self.max_perplexity_ratio.map(|v| format!("max-perplexity-ratio-{v}")),
+            self.weigh.map(|w| {
+                let Weights { perplexity, accuracy, size, speed } = w;
+                format!("weigh-{perplexity}-{accuracy}-{size}-{speed}")
+            }),
         ];
         words.into_iter().flatten().collect::<Vec<_>>().join("+")
     }
@@ -156,7 +189,34 @@ impl Budget {
                 add(&format!("/{name}"), "needs eval.speed to be true".into());
             }
         }
+        if let Some(weights) = self.weigh {
+            weights.check(eval, &mut |name, message| add(&format!("/weigh{name}"), message));
+        }
         out
+    }
+}
+
+impl Weights {
+    fn check(self, eval: &EvalSpec, add: &mut dyn FnMut(&str, String)) {
+        let Self { perplexity, accuracy, size, speed } = self;
+        for (name, weight, lacks) in [
+            ("perplexity", perplexity, eval.perplexity.is_empty().then_some("text in eval.perplexity")),
+            ("accuracy", accuracy, eval.tasks.is_empty().then_some("items in eval.tasks")),
+            ("size", size, None),
+            ("speed", speed, (!eval.speed).then_some("eval.speed to be true")),
+        ] {
+            if !(0.0..=1e6).contains(&weight) {
+                add(&format!("/{name}"), format!("must be from 0 to 1000000, not {weight}"));
+            }
+            if let Some(lacks) = lacks.filter(|_| weight > 0.0) {
+                add(&format!("/{name}"), format!("needs {lacks}"));
+            }
+        }
+        if perplexity + accuracy <= 0.0 || size + speed <= 0.0 {
+            let message = "weigh what is kept against what is gained, e.g. {\"perplexity\": 1, \"speed\": 2}: with one \
+                           side alone nothing or everything would go";
+            add("", message.into());
+        }
     }
 }
 
@@ -180,6 +240,9 @@ pub struct Probe {
     pub of: ProbeOf,
     /// All promises that were looked at are surely kept.
     pub kept: bool,
+    /// The weighed sum, the less the better; where things are weighed and this could be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weighed: Option<f64>,
     /// What was measured, against each promise.
     pub said: Vec<String>,
 }
@@ -192,4 +255,6 @@ pub enum ProbeOf {
     Costs,
     /// What is left of the base model, after healing.
     Quality,
+    /// What is left against what is gained, after healing.
+    Weighed,
 }

@@ -188,7 +188,12 @@ impl Planner<'_> {
         }
         let Some(budget) = self.spec.prune.budget() else { return stages };
         let halvings = f64::from(range + 1).log2().ceil();
-        let times = if budget.costs().is_empty() { halvings.max(1.0) } else { 1.0 };
+        // Golden sections take half as many again.
+        let times = match (budget.weigh, budget.costs().is_empty()) {
+            (Some(_), _) => 1.5 * halvings + 1.0,
+            (None, true) => halvings.max(1.0),
+            (None, false) => 1.0,
+        };
         for stage in stages.iter_mut().skip(1) {
             stage.flops *= times;
             stage.read_bytes *= times;

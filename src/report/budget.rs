@@ -20,24 +20,25 @@ pub fn rounds(out: &mut String, report: &Report) {
 
 /// What was tried, against what was promised.
 pub fn search(out: &mut String, report: &Report) {
-    let Some(BudgetReport { layers, probes, .. }) = &report.budget else { return };
+    let Some(BudgetReport { promises, layers, probes }) = &report.budget else { return };
     put(out, "<section><h2>How many layers</h2>");
-    let chosen =
-        format!("{layers} layers go: the number that keeps what was asked for, found by trying these.");
+    let why = match promises.weigh {
+        None => "keeps what was asked for",
+        Some(_) => "comes off best of those that keep what was asked for",
+    };
+    let chosen = format!("{layers} layers go: the number that {why}, found by trying these.");
     put(out, &format!("<p>{}</p>", escape(&chosen)));
     let rows = probes.iter().map(|probe| {
         let of = match probe.of {
             ProbeOf::Costs => "the cut alone",
-            ProbeOf::Quality => "the whole job",
+            ProbeOf::Quality | ProbeOf::Weighed => "the whole job",
         };
-        let kept = if probe.kept { "kept" } else { "not kept" };
-        vec![
-            probe.layers.to_string(),
-            runs_text(&probe.dropped),
-            of.into(),
-            kept.into(),
-            probe.said.join(" "),
-        ]
+        let kept = match (probe.weighed, probe.kept) {
+            (Some(weighed), _) => format!("weighs {weighed:+.3}"),
+            (None, true) => "kept".into(),
+            (None, false) => "not kept".into(),
+        };
+        vec![probe.layers.to_string(), runs_text(&probe.dropped), of.into(), kept, probe.said.join(" ")]
     });
     table(out, &["layers", "which", "tried", "promises", "measured"], &rows.collect::<Vec<_>>());
     put(out, "</section>");

@@ -22,7 +22,7 @@ pub use card::card;
 pub use exports::exports;
 pub use html::page;
 pub use provenance::{provenance, sums};
-pub use verdict::judge;
+pub use verdict::{judge, weigh};
 
 use crate::job::budget::BudgetReport;
 use crate::job::report::{

@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 
 use super::bytes;
+use crate::job::budget::Weights;
 use crate::job::report::{Comparison, Decision, Estimate, EvalReport, Scores, Verdict};
 use crate::job::spec::{EvalSpec, Gates};
 
@@ -134,6 +135,30 @@ fn cost(scores: &Scores, compared: &Comparison, gates: &Gates) -> Vec<Ruling> {
         });
     }
     out
+}
+
+/// The weighed sum of what is lost, the less the better, and what it is made of; none where a part of it was not
+/// measured.
+pub fn weigh(eval: &EvalReport, weights: Weights) -> (Option<f64>, Vec<String>) {
+    let nothing = Comparison::default();
+    let compared = eval.compared.last().unwrap_or(&nothing);
+    let Weights { perplexity, accuracy, size, speed } = weights;
+    let nats: Vec<f64> = compared.perplexity.iter().map(|change| change.ratio.value.ln()).collect();
+    let lost = |estimate: Option<Estimate>| estimate.map(|e| -e.value.max(f64::MIN_POSITIVE).ln());
+    let sizes = super::shipped(eval).size_bytes as f64 / eval.base.size_bytes.max(1) as f64;
+    let parts = [
+        ("perplexity", perplexity, (!nats.is_empty()).then(|| nats.iter().sum::<f64>() / nats.len() as f64)),
+        ("accuracy", accuracy, lost(compared.retention)),
+        ("size", size, Some(sizes.ln())),
+        ("speed", speed, lost(compared.decode_speedup)),
+    ];
+    let weighed = parts.into_iter().filter(|(_, weight, _)| *weight > 0.0);
+    let sum: Option<f64> = weighed.clone().map(|(_, weight, lost)| Some(weight * lost?)).sum();
+    let said = weighed.map(|(name, weight, lost)| match lost {
+        Some(lost) => format!("{name} {weight} × {lost:+.3}."),
+        None => format!("{name} could not be weighed: the base model is not surely better than chance."),
+    });
+    (sum, said.collect())
 }
 
 const fn exact(value: f64) -> Estimate {

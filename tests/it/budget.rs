@@ -76,6 +76,42 @@ fn a_promised_quality_takes_the_most_layers_from_one_profile_and_one_look_at_the
 }
 
 #[test]
+fn what_matters_is_weighed_and_the_best_number_of_layers_is_the_job() {
+    let bench = bench();
+    // Size alone against next to no quality takes all that may go, quality against next to no size as little.
+    for (name, weights_of, layers) in [
+        ("all", json!({"perplexity": 0.0001, "size": 1000.0}), Some(5)),
+        ("least", json!({"perplexity": 1000.0, "size": 0.0001}), Some(1)),
+        ("middle", json!({"perplexity": 1.0, "size": 30.0}), None),
+    ] {
+        bench.succeed(&asked(&bench, json!({ "weigh": weights_of })), name, &[]);
+        let budget = report(&bench, name).budget.unwrap();
+        let weighed = |p: &secateur::job::budget::Probe| p.weighed.unwrap();
+        let best = budget.probes.iter().min_by(|a, b| weighed(a).total_cmp(&weighed(b))).unwrap();
+        assert_eq!(budget.layers, best.layers, "{name}: {:?}", budget.probes);
+        assert!(layers.is_none_or(|layers| layers == budget.layers), "{name}: {:?}", budget.probes);
+        assert!(best.said.iter().any(|said| said.starts_with("perplexity")), "{:?}", best.said);
+        assert!(!bench.path(&format!("{name}/probes")).exists());
+        let page = fs::read_to_string(bench.path(&format!("{name}/report.html"))).unwrap();
+        assert!(page.contains("comes off best"));
+        let plain = bench.spec_with("/prune/amount", json!({ "layers": budget.layers }));
+        bench.succeed(&plain, &format!("{name}-plain"), &[]);
+        assert_eq!(weights(&bench, name), weights(&bench, &format!("{name}-plain")));
+    }
+    for (weigh, pointer) in [
+        (json!({"perplexity": 1.0}), "/prune/amount/budget/weigh:"),
+        (json!({"perplexity": 1.0, "speed": 1.0}), "/prune/amount/budget/weigh/speed: needs eval.speed"),
+        (json!({"perplexity": -1.0, "size": 1.0}), "/prune/amount/budget/weigh/perplexity: must be from 0"),
+    ] {
+        let mut spec = asked(&bench, json!({ "weigh": weigh }));
+        spec["eval"]["speed"] = json!(false);
+        let output = bench.run(&spec, "refused", &[]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains(pointer), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn a_promise_that_no_cut_keeps_fails_the_job_with_the_nearest_one() {
     let bench = bench();
     let mut spec = asked(&bench, json!({"min_speedup": 900.0}));

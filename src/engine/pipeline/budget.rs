@@ -7,14 +7,14 @@ use serde_json::json;
 
 use super::{Run, spec_by_content};
 use crate::engine::prune::Cut;
-use crate::engine::select::budget::{Outcome, search};
+use crate::engine::select::budget::{Outcome, Tried, search};
 use crate::engine::workspace::Workspace;
 use crate::engine::{Error, Result, at};
 use crate::job::budget::{Budget, BudgetReport, Probe, ProbeOf};
 use crate::job::progress::Stage;
 use crate::job::report::{Decision, FailureKind};
 use crate::job::spec::{EvalSpec, JobSpec, PruneAmount};
-use crate::report::judge;
+use crate::report::{judge, weigh};
 
 /// Directory of a workspace with what is tried.
 const PROBES: &str = "probes";
@@ -34,15 +34,27 @@ impl Run<'_> {
         let most = self.local.prune.most_layers(self.base.config().layer_count as u32);
         let least = self.least_layers(budget, most)?;
         let mut probes: Vec<Probe> = Vec::new();
+        // What is weighed best so far, and with how many layers.
+        let mut best = (f64::INFINITY, 0);
         let outcome = search(budget, (least, most), &mut |layers, of| {
             let probe = self.probe(budget, layers, of, workspace, model_digest)?;
-            let kept = probe.kept;
+            let tried = Tried { kept: probe.kept, weighed: probe.weighed };
+            if let Some(weighed) = probe.weighed {
+                // Only the best one's files are wanted.
+                let worse = if (weighed, layers) < best {
+                    std::mem::replace(&mut best, (weighed, layers)).1
+                } else {
+                    layers
+                };
+                forget(&probe_dir(workspace, worse, of))?;
+            }
             probes.push(probe);
-            Ok(kept)
+            Ok(tried)
         })?;
         match outcome {
             Outcome::Chosen(layers) => {
-                let dir = probe_dir(workspace, layers, ProbeOf::Quality);
+                let of = budget.weigh.map_or(ProbeOf::Quality, |_| ProbeOf::Weighed);
+                let dir = probe_dir(workspace, layers, of);
                 if dir.exists() {
                     workspace.adopt(Workspace::open(&dir)?)?;
                 }
@@ -115,12 +127,16 @@ impl Run<'_> {
             let dir = probe_dir(workspace, layers, of);
             let probe = self.tried(&local, &dir, layers, of, workspace, model_digest)?;
             if !probe.kept || of == ProbeOf::Costs {
-                fs::remove_dir_all(&dir).map_err(at(&dir))?;
+                forget(&dir)?;
             }
             Ok(probe)
         })?;
-        let kept = if probe.kept { "keeps what is promised" } else { "does not keep what is promised" };
-        cx.note(format!("a cut of {layers} layers {kept}: {}", probe.said.join(" ")));
+        let came_to = match (of, probe.kept) {
+            (ProbeOf::Weighed, _) => "was weighed",
+            (ProbeOf::Costs | ProbeOf::Quality, true) => "keeps what is promised",
+            (ProbeOf::Costs | ProbeOf::Quality, false) => "does not keep what is promised",
+        };
+        cx.note(format!("a cut of {layers} layers {came_to}: {}", probe.said.join(" ")));
         Ok(probe)
     }
 
@@ -137,21 +153,27 @@ impl Run<'_> {
         let run = Run { local, until: None, ..*self };
         let found = run.measured(&own, model_digest, &mut Vec::new())?;
         let found = found.ok_or_else(|| Error::bug("a probe ended before it was measured"))?;
+        let dropped = found.selection.dropped;
+        if let (ProbeOf::Weighed, Some(weights)) = (of, self.local.prune.budget().and_then(|b| b.weigh)) {
+            let (weighed, said) = weigh(&found.eval, weights);
+            return Ok(Probe { layers, dropped, of, kept: weighed.is_some(), weighed, said });
+        }
         let verdict = judge(&found.eval, &local.eval);
-        Ok(Probe {
-            layers,
-            dropped: found.selection.dropped,
-            of,
-            kept: verdict.decision == Decision::Ship,
-            said: verdict.reasons,
-        })
+        let kept = verdict.decision == Decision::Ship;
+        Ok(Probe { layers, dropped, of, kept, weighed: None, said: verdict.reasons })
     }
+}
+
+/// Removes what was tried, if there is any.
+fn forget(dir: &Path) -> Result<()> {
+    if dir.exists() { fs::remove_dir_all(dir).map_err(at(dir)) } else { Ok(()) }
 }
 
 fn probe_dir(workspace: &Workspace, layers: u32, of: ProbeOf) -> PathBuf {
     let of = match of {
         ProbeOf::Costs => "costs",
         ProbeOf::Quality => "quality",
+        ProbeOf::Weighed => "weighed",
     };
     workspace.dir().join(PROBES).join(format!("{layers}-{of}"))
 }
@@ -165,7 +187,7 @@ fn asked_of_probe(spec: &JobSpec, budget: Budget, layers: u32, of: ProbeOf) -> J
     spec.export.gguf.clear();
     let confidence = spec.eval.gates.confidence;
     match of {
-        ProbeOf::Quality => {
+        ProbeOf::Quality | ProbeOf::Weighed => {
             spec.eval.gates = budget.quality().gates(confidence);
         }
         ProbeOf::Costs => {

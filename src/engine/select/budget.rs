@@ -1,5 +1,7 @@
 //! How many layers go where promises decide: a search that asks, for a number of layers, whether they are kept.
 
+use std::collections::BTreeMap;
+
 use crate::engine::Result;
 use crate::job::budget::{Budget, ProbeOf};
 
@@ -12,33 +14,59 @@ pub enum Outcome {
     Nearest(u32),
 }
 
+/// What trying a number of layers came to.
+#[derive(Debug, Clone, Copy)]
+pub struct Tried {
+    /// All promises of the kind that was looked at are kept.
+    pub kept: bool,
+    /// The weighed sum, where it was asked for and could be had.
+    pub weighed: Option<f64>,
+}
+
 /// Searches from `least` to `most` layers: with a promise of costs for the fewest that keep it, which must keep the
-/// others as well; without one for the most that keep the rest. `keeps` measures and says whether all promises of one
-/// kind are kept; cutting more never makes a checkpoint larger or slower, nor better, so halves are left unmeasured.
+/// others as well; without one for the most that keep the rest; and where things are weighed for what comes off best
+/// between the fewest and the most. Cutting more never makes a checkpoint larger or slower, nor better, so halves are
+/// left unmeasured.
 ///
 /// # Errors
-/// Those of `keeps`.
+/// Those of `attempt`.
 pub fn search(
     budget: Budget,
     (least, most): (u32, u32),
-    keeps: &mut dyn FnMut(u32, ProbeOf) -> Result<bool>,
+    attempt: &mut dyn FnMut(u32, ProbeOf) -> Result<Tried>,
 ) -> Result<Outcome> {
-    if budget.costs().is_empty() {
-        let kept = last(least, most, &mut |n| keeps(n, ProbeOf::Quality))?;
-        return Ok(kept.map_or(Outcome::Nearest(least), Outcome::Chosen));
+    let (costs, quality) = (!budget.costs().is_empty(), !budget.quality().is_empty());
+    let mut keeps = |n: u32, of: ProbeOf| attempt(n, of).map(|tried| tried.kept);
+    let fewest = if costs { fewest(budget, (least, most), &mut keeps)? } else { Some(least) };
+    let Some(fewest) = fewest else { return Ok(Outcome::Nearest(most)) };
+    if costs && budget.weigh.is_none() {
+        let kept = !quality || keeps(fewest, ProbeOf::Quality)?;
+        return Ok(if kept { Outcome::Chosen(fewest) } else { Outcome::Nearest(fewest) });
     }
-    // Size is known beforehand: most often the first one is it.
-    let at_once = budget.max_size_bytes.is_some() && keeps(least, ProbeOf::Costs)?;
-    let fewest = if at_once {
-        Some(least)
-    } else {
-        let from = least + u32::from(budget.max_size_bytes.is_some());
-        let before = last(from, most, &mut |n| Ok(!keeps(n, ProbeOf::Costs)?))?;
-        Some(before.map_or(from, |n| n + 1)).filter(|n| *n <= most)
+    let most = if quality { last(fewest, most, &mut |n| keeps(n, ProbeOf::Quality))? } else { Some(most) };
+    let chosen = match (most, budget.weigh) {
+        (None, _) => None,
+        (Some(most), None) => Some(most),
+        (Some(most), Some(_)) => {
+            best((fewest, most), &mut |n| attempt(n, ProbeOf::Weighed).map(|tried| tried.weighed))?
+        }
     };
-    let Some(n) = fewest else { return Ok(Outcome::Nearest(most)) };
-    let kept = budget.quality().is_empty() || keeps(n, ProbeOf::Quality)?;
-    Ok(if kept { Outcome::Chosen(n) } else { Outcome::Nearest(n) })
+    Ok(chosen.map_or(Outcome::Nearest(fewest), Outcome::Chosen))
+}
+
+/// The fewest layers that keep the promises of costs.
+fn fewest(
+    budget: Budget,
+    (least, most): (u32, u32),
+    keeps: &mut dyn FnMut(u32, ProbeOf) -> Result<bool>,
+) -> Result<Option<u32>> {
+    // Size is known beforehand: most often the first one is it.
+    if budget.max_size_bytes.is_some() && keeps(least, ProbeOf::Costs)? {
+        return Ok(Some(least));
+    }
+    let from = least + u32::from(budget.max_size_bytes.is_some());
+    let before = last(from, most, &mut |n| Ok(!keeps(n, ProbeOf::Costs)?))?;
+    Ok(Some(before.map_or(from, |n| n + 1)).filter(|n| *n <= most))
 }
 
 /// The last number from `least` to `most` for which `holds`, if any; it holds for all before.
@@ -56,19 +84,56 @@ fn last(least: u32, most: u32, holds: &mut dyn FnMut(u32) -> Result<bool>) -> Re
     Ok((low > least).then(|| low - 1))
 }
 
+/// The number of layers for which `weigh` gives the least, by golden section: exact where it falls and then rises, else a
+/// number that is better than those beside it. Of equals the fewest layers. `None` weighs nothing, and more than anything.
+///
+/// # Errors
+/// Those of `weigh`.
+fn best(
+    (mut low, mut high): (u32, u32),
+    weigh: &mut dyn FnMut(u32) -> Result<Option<f64>>,
+) -> Result<Option<u32>> {
+    let mut known = BTreeMap::new();
+    let mut of = |n: u32| -> Result<f64> {
+        if let Some(found) = known.get(&n) {
+            return Ok(*found);
+        }
+        let found = weigh(n)?.unwrap_or(f64::INFINITY);
+        known.insert(n, found);
+        Ok(found)
+    };
+    while high - low > 3 {
+        // Rounded down: of four numbers between, the two looked at are not the same.
+        let part = (f64::from(high - low) * GOLDEN) as u32;
+        let (a, b) = (low + part, high - part);
+        if of(a)? <= of(b)? { high = b } else { low = a }
+    }
+    for n in low..=high {
+        of(n)?;
+    }
+    let least = known.into_iter().filter(|(_, found)| found.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1));
+    Ok(least.map(|(n, _)| n))
+}
+
+/// The smaller part of a golden section.
+const GOLDEN: f64 = 0.381_966;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::budget::Weights;
 
     /// Searches 1 to 20 layers where costs are kept from `fits` on and quality up to `bears`; counts what was tried.
     fn found(budget: Budget, fits: u32, bears: u32) -> (Outcome, usize) {
         let mut tried = 0;
         let mut keeps = |n: u32, of: ProbeOf| {
             tried += 1;
-            Ok(match of {
+            let kept = match of {
                 ProbeOf::Costs => n >= fits,
                 ProbeOf::Quality => n <= bears,
-            })
+                ProbeOf::Weighed => true,
+            };
+            Ok(Tried { kept, weighed: Some((f64::from(n) - 9.0).abs()) })
         };
         let outcome = search(budget, (1, 20), &mut keeps).unwrap();
         (outcome, tried)
@@ -83,6 +148,7 @@ mod tests {
         max_latency_ms: None,
         min_retention: None,
         max_perplexity_ratio: None,
+        weigh: None,
     };
 
     #[test]
@@ -118,5 +184,33 @@ mod tests {
         assert_eq!(found(size, 1, 0), (Outcome::Chosen(1), 1));
         // Layers of several sizes: the reckoning was too hopeful.
         assert_eq!(found(size, 3, 0).0, Outcome::Chosen(3));
+    }
+
+    #[test]
+    fn what_is_weighed_is_weighed_between_the_fewest_and_the_most() {
+        let weigh = Some(Weights { perplexity: 1.0, size: 1.0, ..Weights::default() });
+        let both = Budget { max_perplexity_ratio: Some(1.5), weigh, ..SPEED };
+        assert_eq!(found(Budget { weigh, ..NONE }, 0, 0).0, Outcome::Chosen(9));
+        assert_eq!(found(both, 4, 12).0, Outcome::Chosen(9));
+        assert_eq!(found(both, 11, 15).0, Outcome::Chosen(11));
+        assert_eq!(found(both, 2, 6).0, Outcome::Chosen(6));
+        assert_eq!(found(both, 7, 6).0, Outcome::Nearest(7));
+    }
+
+    #[test]
+    fn the_least_of_what_falls_and_rises_is_found_in_few_looks() {
+        let all = (1..=29).flat_map(|most| (1..=most).map(move |wanted| (most, wanted)));
+        for (most, wanted) in all {
+            let mut looks = 0;
+            let mut weigh = |n: u32| {
+                looks += 1;
+                Ok(Some((f64::from(n) - f64::from(wanted)).powi(2)))
+            };
+            assert_eq!(best((1, most), &mut weigh).unwrap(), Some(wanted), "of {most}");
+            assert!(looks <= 10, "{looks} looks for {wanted} of {most}");
+        }
+        assert_eq!(best((4, 4), &mut |_| Ok(Some(1.0))).unwrap(), Some(4));
+        assert_eq!(best((1, 9), &mut |_| Ok(Some(1.0))).unwrap(), Some(1), "of equals the fewest");
+        assert_eq!(best((1, 9), &mut |_| Ok(None)).unwrap(), None);
     }
 }
