@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 
-from service import Service
+from service import Service, until
 
 PORT = 5917
 
@@ -81,19 +81,6 @@ def check(client, service, job, status):
             assert here == there, artifact["path"]
             files += 1
     return points, files
-
-
-def until(what, holds, seconds=120):
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if holds():
-                return
-        except Exception as error:  # The server may be on its way up.
-            what = f"{what} ({error})"
-        if time.monotonic() > deadline:
-            raise SystemExit(f"after {seconds} s still not: {what}")
-        time.sleep(0.5)
 
 
 def main():

@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::service::db::Database;
 use crate::service::http::ApiKey;
 use crate::service::local_pg::LocalPg;
-use crate::service::sinks::{self, Mlflow, Reach};
+use crate::service::sinks::{self, Mlflow, Reach, Traces};
 use crate::service::store::Store;
 use crate::worker::{Settings, Shutdown};
 
@@ -169,7 +169,8 @@ impl SinkArgs {
             let (url, experiment) = (url.clone(), self.mlflow_experiment.clone());
             anyhow::Ok(Mlflow { url, experiment, authorization: mlflow_authorization() })
         });
-        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), mlflow: mlflow.transpose()? })
+        let traces = Traces::from_variables(|name| std::env::var(name).ok()).map_err(anyhow::Error::msg)?;
+        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), mlflow: mlflow.transpose()?, traces })
     }
 }
 

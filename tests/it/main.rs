@@ -93,6 +93,8 @@ mod sweep;
 mod tidy;
 #[cfg(feature = "engine")]
 mod tiny;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod traces;
 #[cfg(feature = "engine")]
 mod verdict;
 #[cfg(all(feature = "engine", feature = "service"))]

@@ -9,7 +9,7 @@ use axum::body::Bytes;
 use axum::http::{Method, StatusCode, Uri};
 use secateur::job::progress::{Event, Stage};
 use secateur::service::seal::Seal;
-use secateur::service::sinks::{Drain, Mlflow, Reach, Settings};
+use secateur::service::sinks::{Drain, Mlflow, Settings};
 use serde_json::{Value, json};
 
 use crate::support::app::App;
@@ -136,7 +136,7 @@ fn log(run: &mut Run, sent: &Value) {
 
 fn drain(app: &App, url: String) {
     let mlflow = Mlflow { url, experiment: "pruning".into(), authorization: None };
-    let settings = Settings { reach: Reach::Public, patience: 0.001, mlflow: Some(mlflow) };
+    let settings = Settings { patience: 0.001, mlflow: Some(mlflow), ..Settings::default() };
     let (database, store, seal) = (app.database.clone(), app.store.clone(), Seal::with(&[7; 32]));
     tokio::spawn(Drain { database, store, seal, settings }.serve(app.shutdown.clone()));
 }

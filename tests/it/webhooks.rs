@@ -113,7 +113,7 @@ impl Receiver {
 
 /// Drains as the service does, with waits a thousand times shorter.
 fn drain(app: &App, reach: Reach) {
-    let settings = Settings { reach, patience: 0.001, mlflow: None };
+    let settings = Settings { reach, patience: 0.001, ..Settings::default() };
     let (database, store, seal) = (app.database.clone(), app.store.clone(), Seal::with(&[7; 32]));
     tokio::spawn(Drain { database, store, seal, settings }.serve(app.shutdown.clone()));
 }

@@ -31,7 +31,7 @@ use crate::job::state::{IllegalChange, JobState, Wish};
 pub use artifacts::{ArtifactRow, NewArtifact};
 pub use endpoints::EndpointRow;
 pub use events::{Entry, EventRow, JobEvent};
-pub use jobs::{Cursor, Deletion, JobFilter, JobPage, JobRow, NewJob};
+pub use jobs::{Asked, Cursor, Deletion, JobFilter, JobPage, JobRow, NewJob};
 pub use keys::{ApiKeyRow, NewApiKey};
 pub use leases::{Dead, Lease, Limits, Progress, Renewal};
 pub use outbox::{Backlog, DeliveryRow, Message, MessageRow, Tried, body as message_body};

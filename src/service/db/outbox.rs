@@ -321,7 +321,7 @@ struct Wanted {
     format: String,
 }
 
-/// Writes messages of a job's new state, within the transaction that changes it.
+/// Writes messages of a job's new state, the newest event, within the transaction that changes it.
 pub(super) async fn tell(tx: &mut PgConnection, job: &JobRow, reason: Option<&str>) -> Result<()> {
     let kind = format!("job.{}", job.state);
     let wanted: Vec<Wanted> = sqlx::query_as(
@@ -334,11 +334,16 @@ pub(super) async fn tell(tx: &mut PgConnection, job: &JobRow, reason: Option<&st
     .bind(&kind)
     .fetch_all(&mut *tx)
     .await?;
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let seq: i64 =
+        sqlx::query_scalar("select last_seq from jobs where id = $1").bind(job.id).fetch_one(&mut *tx).await?;
     for Wanted { sink, endpoint_id, format } in wanted {
         let id = Uuid::now_v7();
         let data = json!({
             "job_id": job.id, "name": job.name, "labels": job.labels, "state": job.state, "attempt": job.attempt,
-            "reason": reason, "failure": job.failure, "url": format!("/v1/jobs/{}", job.id),
+            "seq": seq, "reason": reason, "failure": job.failure, "url": format!("/v1/jobs/{}", job.id),
         });
         sqlx::query(
             "insert into outbox (id, tenant_id, sink, endpoint_id, job_id, kind, body)

@@ -6,6 +6,7 @@ use axum::extract::{DefaultBodyLimit, Extension, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -21,7 +22,8 @@ use crate::job::complaint::Complaint;
 use crate::job::plan::Plan;
 use crate::job::spec::{Corpus, JobSpec, ModelSource};
 use crate::job::state::JobState;
-use crate::service::db::{Database, Inserted, JobRow, NewJob, Once, Tenant, WorkerRow};
+use crate::service::db::{Asked, Database, Inserted, JobRow, NewJob, Once, Tenant, WorkerRow};
+use crate::service::sinks;
 
 /// Enough for a spec that brings its text (at most 8 MiB each) along.
 pub(super) const MAX_SPEC_BYTES: usize = 16 << 20;
@@ -86,7 +88,8 @@ async fn create(
     let spec = JobSpec::read(body).map_err(Problem::spec)?;
     let asked = serde_json::to_vec(&spec).map_err(Problem::internal)?;
     let once = once(&headers, &[b"create", &asked])?;
-    submit(&state, tenant, NewJob::new(spec), once).await
+    let job = NewJob { asked: now_asked(&headers), ..NewJob::new(spec) };
+    submit(&state, tenant, job, once).await
 }
 
 /// Tries a job again that failed or was cancelled.
@@ -123,7 +126,8 @@ async fn retry(
             return Err(Problem::new(Code::StateConflict, detail));
         }
     }
-    let again = NewJob { priority: old.priority, retry_of: Some(id), ..NewJob::new(old.spec) };
+    let asked = now_asked(&headers);
+    let again = NewJob { priority: old.priority, retry_of: Some(id), asked, ..NewJob::new(old.spec) };
     submit(&state, tenant, again, once).await
 }
 
@@ -229,6 +233,18 @@ async fn check_uploads(
         complaints.push(Complaint { pointer: format!("{pointer}/upload_id"), message: message.into() });
     }
     if complaints.is_empty() { Ok(sizes) } else { Err(Problem::spec(complaints)) }
+}
+
+/// A request for one job, which comes now.
+fn now_asked(headers: &HeaderMap) -> Asked {
+    Asked { at: Some(OffsetDateTime::now_utc()), traceparent: traceparent(headers) }
+}
+
+/// The caller's span, where it names one as W3C Trace Context has it; anything else counts as nothing.
+pub(super) fn traceparent(headers: &HeaderMap) -> Option<String> {
+    let mut given = headers.get_all("traceparent").iter();
+    let only = given.next().filter(|_| given.next().is_none())?.to_str().ok()?;
+    sinks::Parent::read(only).map(|_| only.to_owned())
 }
 
 /// How the caller marks this request, if at all; `asked` is what makes it the same.

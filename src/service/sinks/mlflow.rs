@@ -4,16 +4,17 @@
 //! in any order and again. Measured values come when a job has ended, for only then no step is computed anew.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::MLFLOW;
+use super::Sink;
+use super::call::{Refusal, Result, accepted, agent, beside};
 use crate::job::progress::Event;
 use crate::job::state::JobState;
-use crate::service::db::{self, Database, Entry, JobRow, Message, Tenant, Tried};
+use crate::service::db::{Database, Entry, JobRow, Message, Tenant};
 use crate::service::store::Store;
 
 /// One call, an upload of a file among them.
@@ -43,29 +44,6 @@ impl std::fmt::Debug for Mlflow {
     }
 }
 
-/// Why something did not reach the server.
-#[derive(Debug)]
-struct Refusal {
-    status: Option<u16>,
-    /// `error_code` of the answer.
-    code: String,
-    message: String,
-}
-
-impl From<String> for Refusal {
-    fn from(message: String) -> Self {
-        Self { status: None, code: String::new(), message }
-    }
-}
-
-impl From<db::Error> for Refusal {
-    fn from(error: db::Error) -> Self {
-        error.to_string().into()
-    }
-}
-
-type Result<T> = std::result::Result<T, Refusal>;
-
 /// All of a job that goes over.
 struct Told {
     job: JobRow,
@@ -77,17 +55,11 @@ struct Told {
 
 impl Mlflow {
     /// Brings the job of a message over.
-    pub async fn deliver(&self, database: &Database, store: &Store, message: &Message) -> Tried {
-        let begun = Instant::now();
-        let done = match message.job_id {
+    pub async fn deliver(&self, database: &Database, store: &Store, message: &Message) -> Result<()> {
+        match message.job_id {
             Some(job) => self.bring(database, store, message.tenant, job).await,
             None => Ok(()),
-        };
-        let (status, error) = match done {
-            Ok(()) => (None, None),
-            Err(Refusal { status, message, .. }) => (status, Some(message.chars().take(1000).collect())),
-        };
-        Tried { status, error, duration: begun.elapsed() }
+        }
     }
 
     async fn bring(&self, database: &Database, store: &Store, tenant: Tenant, id: Uuid) -> Result<()> {
@@ -96,14 +68,10 @@ impl Mlflow {
             let state = job.state;
             let told = gather(database, store, job).await?;
             let (this, run) = (self.clone(), (told.job.clone(), told.tags.clone()));
-            let make = || async move {
-                let made = tokio::task::spawn_blocking(move || this.find_or_make(&run.0, &run.1)).await;
-                made.unwrap_or_else(|error| Err(error.to_string().into()))
-            };
-            let run = database.external_run(MLFLOW, id, make).await??;
+            let make = || beside(move || this.find_or_make(&run.0, &run.1));
+            let run = database.external_run(Sink::Mlflow.name(), id, make).await??;
             let this = self.clone();
-            let sent = tokio::task::spawn_blocking(move || this.send(&run, &told)).await;
-            sent.unwrap_or_else(|error| Err(error.to_string().into()))?;
+            beside(move || this.send(&run, &told)).await?;
             // Somebody else may have told of a newer state meanwhile, before this older one.
             if database.job(tenant, id).await?.is_none_or(|job| job.state == state) {
                 return Ok(());
@@ -193,7 +161,7 @@ impl Mlflow {
         let target: Vec<String> = path.split('/').map(percent).collect();
         let url = format!("{}/api/2.0/mlflow-artifacts/artifacts/{at}/{}", self.base(), target.join("/"));
         let file = std::fs::File::open(file).map_err(|e| format!("artifact {path}: {e}"))?;
-        let mut request = agent().put(&url).header("content-type", "application/octet-stream");
+        let mut request = agent(TIMEOUT).put(&url).header("content-type", "application/octet-stream");
         if let Some(word) = &self.authorization {
             request = request.header("authorization", word);
         }
@@ -202,7 +170,7 @@ impl Mlflow {
     }
 
     fn call(&self, what: &str, body: &Value) -> Result<Value> {
-        let mut request = agent().post(format!("{}/api/2.0/mlflow/{what}", self.base()));
+        let mut request = agent(TIMEOUT).post(format!("{}/api/2.0/mlflow/{what}", self.base()));
         if let Some(word) = &self.authorization {
             request = request.header("authorization", word);
         }
@@ -210,7 +178,7 @@ impl Mlflow {
     }
 
     fn get(&self, what: &str) -> Result<Value> {
-        let mut request = agent().get(format!("{}/api/2.0/mlflow/{what}", self.base()));
+        let mut request = agent(TIMEOUT).get(format!("{}/api/2.0/mlflow/{what}", self.base()));
         if let Some(word) = &self.authorization {
             request = request.header("authorization", word);
         }
@@ -222,28 +190,9 @@ impl Mlflow {
     }
 }
 
-/// The server is named by the operator: it may be anywhere.
-fn agent() -> ureq::Agent {
-    ureq::Agent::new_with_config(
-        ureq::Agent::config_builder()
-            .timeout_global(Some(TIMEOUT))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .build(),
-    )
-}
-
 fn answer(got: std::result::Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Result<Value> {
-    let mut got = got.map_err(|e| e.to_string())?;
-    let status = got.status();
-    let body = got.body_mut().read_to_string().map_err(|e| e.to_string())?;
-    let value: Value = serde_json::from_str(&body).unwrap_or_default();
-    if status.is_success() {
-        return Ok(value);
-    }
-    let word = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
-    let message = format!("MLflow answered {status}: {} {}", word("error_code"), word("message"));
-    Err(Refusal { status: Some(status.as_u16()), code: word("error_code"), message })
+    let body = accepted("MLflow", got)?.body_mut().read_to_string().map_err(|e| format!("MLflow: {e}"))?;
+    Ok(serde_json::from_str(&body).unwrap_or_default())
 }
 
 fn text(value: &Value) -> Result<String> {
