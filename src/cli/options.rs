@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::service::db::Database;
 use crate::service::http::ApiKey;
 use crate::service::local_pg::LocalPg;
-use crate::service::sinks::{self, Mlflow, Reach, Traces};
+use crate::service::sinks::{self, Lineage, Mlflow, Reach, Traces};
 use crate::service::store::Store;
 use crate::worker::{Settings, Shutdown};
 
@@ -156,6 +156,12 @@ pub struct SinkArgs {
     /// The experiment whose runs they are.
     #[arg(long, env = "SECATEUR_MLFLOW_EXPERIMENT", default_value = "secateur", value_name = "NAME")]
     mlflow_experiment: String,
+    /// A receiver of `OpenLineage` events, such as `http://127.0.0.1:5000/api/v1/lineage`; `OPENLINEAGE_API_KEY` opens it.
+    #[arg(long, env = "SECATEUR_OPENLINEAGE_URL", value_name = "URL")]
+    openlineage_url: Option<String>,
+    /// The namespace of jobs and of what they leave there.
+    #[arg(long, env = "SECATEUR_OPENLINEAGE_NAMESPACE", default_value = "secateur", value_name = "NAME")]
+    openlineage_namespace: String,
     /// Multiplies the waits before another try to deliver.
     #[arg(long, hide = true, env = "SECATEUR_SINK_PATIENCE", default_value_t = 1.0)]
     sink_patience: f64,
@@ -164,19 +170,35 @@ pub struct SinkArgs {
 impl SinkArgs {
     pub fn settings(&self) -> anyhow::Result<sinks::Settings> {
         let reach = if self.webhooks_inside { Reach::Private } else { Reach::Public };
-        let mlflow = self.mlflow_url.as_ref().map(|url| {
-            Reach::Private.check(url).map_err(|e| anyhow::anyhow!("--mlflow-url {e}"))?;
-            let (url, experiment) = (url.clone(), self.mlflow_experiment.clone());
-            anyhow::Ok(Mlflow { url, experiment, authorization: mlflow_authorization() })
+        let named = |flag: &str, url: &Option<String>| match url {
+            Some(url) => match Reach::Private.check(url) {
+                Ok(()) => Ok(Some(url.clone())),
+                Err(e) => Err(anyhow::anyhow!("{flag} {e}")),
+            },
+            None => Ok(None),
+        };
+        let mlflow = named("--mlflow-url", &self.mlflow_url)?.map(|url| Mlflow {
+            url,
+            experiment: self.mlflow_experiment.clone(),
+            authorization: mlflow_authorization(),
+        });
+        let lineage = named("--openlineage-url", &self.openlineage_url)?.map(|url| Lineage {
+            url,
+            namespace: self.openlineage_namespace.clone(),
+            authorization: set("OPENLINEAGE_API_KEY").map(|key| format!("Bearer {key}")),
         });
         let traces = Traces::from_variables(|name| std::env::var(name).ok()).map_err(anyhow::Error::msg)?;
-        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), mlflow: mlflow.transpose()?, traces })
+        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), mlflow, traces, lineage })
     }
+}
+
+/// A variable that says something.
+fn set(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// By the variables that `MLflow`'s own clients read.
 fn mlflow_authorization() -> Option<String> {
-    let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     if let Some(token) = set("MLFLOW_TRACKING_TOKEN") {
         return Some(format!("Bearer {token}"));
     }

@@ -5,6 +5,7 @@
 
 mod address;
 mod call;
+mod lineage;
 mod mlflow;
 mod traces;
 mod webhook;
@@ -23,6 +24,7 @@ use super::telemetry;
 use call::Refusal;
 
 pub use address::Reach;
+pub use lineage::Lineage;
 pub use mlflow::Mlflow;
 pub use traces::{Parent, Traces};
 pub use webhook::shown;
@@ -42,6 +44,7 @@ enum Sink {
     Webhook,
     Mlflow,
     Traces,
+    Lineage,
 }
 
 impl Sink {
@@ -51,6 +54,7 @@ impl Sink {
             Self::Webhook => "webhook",
             Self::Mlflow => "mlflow",
             Self::Traces => "traces",
+            Self::Lineage => "openlineage",
         }
     }
 
@@ -59,7 +63,7 @@ impl Sink {
         match self {
             Self::Webhook => 32,
             Self::Mlflow => 2,
-            Self::Traces => 4,
+            Self::Traces | Self::Lineage => 4,
         }
     }
 
@@ -67,7 +71,7 @@ impl Sink {
     /// once, which the receiver can tell by the message's id.
     const fn lease(self) -> Duration {
         match self {
-            Self::Webhook | Self::Traces => Duration::from_mins(1),
+            Self::Webhook | Self::Traces | Self::Lineage => Duration::from_mins(1),
             Self::Mlflow => Duration::from_mins(5),
         }
     }
@@ -84,11 +88,12 @@ pub struct Settings {
     pub patience: f64,
     pub mlflow: Option<Mlflow>,
     pub traces: Option<Traces>,
+    pub lineage: Option<Lineage>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { reach: Reach::Public, patience: 1.0, mlflow: None, traces: None }
+        Self { reach: Reach::Public, patience: 1.0, mlflow: None, traces: None, lineage: None }
     }
 }
 
@@ -98,6 +103,7 @@ impl Settings {
         let named = [
             self.mlflow.as_ref().map(|_| Sink::Mlflow),
             self.traces.as_ref().map(|_| Sink::Traces),
+            self.lineage.as_ref().map(|_| Sink::Lineage),
         ];
         std::iter::once(Sink::Webhook).chain(named.into_iter().flatten()).collect()
     }
@@ -204,7 +210,10 @@ impl Drain {
             (Sink::Traces, Settings { traces: Some(traces), .. }) => {
                 traces.deliver(database, &message).await
             }
-            (Sink::Webhook | Sink::Mlflow | Sink::Traces, settings) => {
+            (Sink::Lineage, Settings { lineage: Some(lineage), .. }) => {
+                lineage.deliver(database, &message).await
+            }
+            (Sink::Webhook | Sink::Mlflow | Sink::Traces | Sink::Lineage, settings) => {
                 webhook::deliver(database, &self.seal, settings.reach, &message).await.map(Some)
             }
         };
