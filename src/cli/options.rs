@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::service::db::Database;
 use crate::service::http::ApiKey;
 use crate::service::local_pg::LocalPg;
-use crate::service::sinks::{self, Lineage, Mlflow, Reach, Traces};
+use crate::service::sinks::{self, Hub, Lineage, Mlflow, Reach, Sink, Traces};
 use crate::service::store::Store;
 use crate::worker::{Settings, Shutdown};
 
@@ -162,6 +162,10 @@ pub struct SinkArgs {
     /// The namespace of jobs and of what they leave there.
     #[arg(long, env = "SECATEUR_OPENLINEAGE_NAMESPACE", default_value = "secateur", value_name = "NAME")]
     openlineage_namespace: String,
+    /// A user or an organisation of the Hugging Face Hub whose repositories jobs may name in `publish`; give it again for
+    /// another. `HF_TOKEN`, or the file that `HF_TOKEN_PATH` names, must be allowed to write there; `HF_ENDPOINT` is another Hub.
+    #[arg(long = "publish-to", value_name = "OWNER")]
+    publish_to: Vec<String>,
     /// Multiplies the waits before another try to deliver.
     #[arg(long, hide = true, env = "SECATEUR_SINK_PATIENCE", default_value_t = 1.0)]
     sink_patience: f64,
@@ -177,18 +181,31 @@ impl SinkArgs {
             },
             None => Ok(None),
         };
-        let mlflow = named("--mlflow-url", &self.mlflow_url)?.map(|url| Mlflow {
-            url,
-            experiment: self.mlflow_experiment.clone(),
-            authorization: mlflow_authorization(),
+        let mlflow = named("--mlflow-url", &self.mlflow_url)?.map(|url| {
+            let experiment = self.mlflow_experiment.clone();
+            Sink::Mlflow(Mlflow { url, experiment, authorization: mlflow_authorization() })
         });
-        let lineage = named("--openlineage-url", &self.openlineage_url)?.map(|url| Lineage {
-            url,
-            namespace: self.openlineage_namespace.clone(),
-            authorization: set("OPENLINEAGE_API_KEY").map(|key| format!("Bearer {key}")),
+        let lineage = named("--openlineage-url", &self.openlineage_url)?.map(|url| {
+            let authorization = set("OPENLINEAGE_API_KEY").map(|key| format!("Bearer {key}"));
+            Sink::Lineage(Lineage { url, namespace: self.openlineage_namespace.clone(), authorization })
         });
-        let traces = Traces::from_variables(|name| std::env::var(name).ok()).map_err(anyhow::Error::msg)?;
-        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), mlflow, traces, lineage })
+        let traces = Traces::from_variables(set).map_err(anyhow::Error::msg)?.map(Sink::Traces);
+        let hub = if self.publish_to.is_empty() { None } else { Some(Sink::Hub(self.hub()?)) };
+        let named = [mlflow, traces, lineage, hub].into_iter().flatten().collect();
+        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), named })
+    }
+
+    fn hub(&self) -> anyhow::Result<Hub> {
+        let token = match (set("HF_TOKEN"), set("HF_TOKEN_PATH")) {
+            (Some(token), _) => token,
+            (None, Some(file)) => {
+                std::fs::read_to_string(&file).with_context(|| format!("cannot read HF_TOKEN_PATH {file}"))?
+            }
+            (None, None) => anyhow::bail!("--publish-to needs a token that may write there: set HF_TOKEN or HF_TOKEN_PATH"),
+        };
+        let url = set("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        Reach::Private.check(&url).map_err(|e| anyhow::anyhow!("HF_ENDPOINT {e}"))?;
+        Ok(Hub { url, token: token.trim().to_owned(), namespaces: self.publish_to.clone() })
     }
 }
 

@@ -58,6 +58,8 @@ mod heal_stage;
 mod jobs_command;
 #[cfg(feature = "service")]
 mod leases;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod lineage;
 #[cfg(feature = "service")]
 mod local_pg;
 #[cfg(feature = "engine")]
@@ -76,6 +78,8 @@ mod plan;
 mod profile;
 #[cfg(feature = "engine")]
 mod prune;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod publish;
 #[cfg(feature = "engine")]
 mod repair;
 #[cfg(feature = "engine")]

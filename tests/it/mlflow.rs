@@ -4,15 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::Router;
-use axum::body::Bytes;
 use axum::http::{Method, StatusCode, Uri};
 use secateur::job::progress::{Event, Stage};
-use secateur::service::seal::Seal;
-use secateur::service::sinks::{Drain, Mlflow, Settings};
+use secateur::service::sinks::{Mlflow, Reach, Sink};
 use serde_json::{Value, json};
 
-use crate::support::app::App;
+use crate::support::app::{App, receive};
 
 /// What the server holds, by run.
 #[derive(Debug, Clone, Default)]
@@ -40,15 +37,8 @@ struct Server(Arc<Mutex<Held>>);
 
 impl Server {
     async fn start(&self) -> String {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let this = self.clone();
-        let routes = Router::new().fallback(async move |method: Method, uri: Uri, body: Bytes| {
-            let (status, body) = this.answer(&method, &uri, &body);
-            (status, body.to_string())
-        });
-        tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
-        url
+        receive(move |method, uri, _, body| this.answer(method, uri, body)).await
     }
 
     fn answer(&self, method: &Method, uri: &Uri, body: &[u8]) -> (StatusCode, Value) {
@@ -136,9 +126,7 @@ fn log(run: &mut Run, sent: &Value) {
 
 fn drain(app: &App, url: String) {
     let mlflow = Mlflow { url, experiment: "pruning".into(), authorization: None };
-    let settings = Settings { patience: 0.001, mlflow: Some(mlflow), ..Settings::default() };
-    let (database, store, seal) = (app.database.clone(), app.store.clone(), Seal::with(&[7; 32]));
-    tokio::spawn(Drain { database, store, seal, settings }.serve(app.shutdown.clone()));
+    app.drain(Reach::Public, vec![Sink::Mlflow(mlflow)]);
 }
 
 #[tokio::test]

@@ -4,21 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::Router;
-use axum::body::Bytes;
-use axum::http::{HeaderMap, StatusCode};
-use axum::routing::post;
+use axum::http::{HeaderMap, Method, StatusCode};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
-use opentelemetry_proto::tonic::common::v1::any_value::Value;
+use opentelemetry_proto::tonic::common::v1::any_value::Value as Any;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
 use secateur::job::progress::{Event, Stage};
 use secateur::job::report::{Failure, FailureKind};
 use secateur::service::db::{Dead, Limits};
-use secateur::service::seal::Seal;
-use secateur::service::sinks::{Drain, Settings, Traces};
+use serde_json::{Value, json};
+use secateur::service::sinks::{Reach, Sink, Traces};
 
-use crate::support::app::App;
+use crate::support::app::{App, receive};
 
 pub const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";
@@ -34,20 +31,19 @@ pub struct Collector {
 impl Collector {
     /// Gives what `OTEL_EXPORTER_OTLP_ENDPOINT` is to be.
     pub async fn start(&self) -> String {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let this = self.clone();
-        let take = async move |headers: HeaderMap, body: Bytes| this.take(&headers, body);
-        let routes = Router::new().route("/v1/traces", post(take));
-        tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
-        url
+        receive(move |method, uri, headers, body| {
+            assert_eq!((method, uri.path()), (&Method::POST, "/v1/traces"));
+            this.take(headers, body)
+        })
+        .await
     }
 
-    fn take(&self, headers: &HeaderMap, body: Bytes) -> (StatusCode, &'static str) {
+    fn take(&self, headers: &HeaderMap, body: &[u8]) -> (StatusCode, Value) {
         let mut refuse = self.refuse.lock().unwrap();
         if *refuse > 0 {
             *refuse -= 1;
-            return (StatusCode::SERVICE_UNAVAILABLE, "later");
+            return (StatusCode::SERVICE_UNAVAILABLE, json!("later"));
         }
         assert_eq!(headers["content-type"], "application/x-protobuf");
         let request = ExportTraceServiceRequest::decode(body).unwrap();
@@ -56,7 +52,7 @@ impl Collector {
             assert!(resource.attributes.iter().any(|pair| pair.key == "service.name"));
             self.spans.lock().unwrap().extend(of.scope_spans.into_iter().flat_map(|scope| scope.spans));
         }
-        (StatusCode::OK, "")
+        (StatusCode::OK, json!({}))
     }
 
     pub fn spans(&self) -> Vec<Span> {
@@ -110,19 +106,17 @@ pub fn tree(spans: &[Span], caller: &str) -> Vec<String> {
 fn attribute(span: &Span, key: &str) -> Option<String> {
     let pair = span.attributes.iter().find(|pair| pair.key == key)?;
     match pair.value.as_ref()?.value.as_ref()? {
-        Value::StringValue(text) => Some(text.clone()),
-        Value::IntValue(number) => Some(number.to_string()),
-        Value::BoolValue(word) => Some(word.to_string()),
+        Any::StringValue(text) => Some(text.clone()),
+        Any::IntValue(number) => Some(number.to_string()),
+        Any::BoolValue(word) => Some(word.to_string()),
         other => panic!("{other:?}"),
     }
 }
 
 fn drain(app: &App, url: &str) {
     let find = |name: &str| (name == "OTEL_EXPORTER_OTLP_ENDPOINT").then(|| url.to_owned());
-    let traces = Traces::from_variables(find).unwrap();
-    let settings = Settings { patience: 0.001, traces, ..Settings::default() };
-    let (database, store, seal) = (app.database.clone(), app.store.clone(), Seal::with(&[7; 32]));
-    tokio::spawn(Drain { database, store, seal, settings }.serve(app.shutdown.clone()));
+    let traces = Traces::from_variables(find).unwrap().unwrap();
+    app.drain(Reach::Public, vec![Sink::Traces(traces)]);
 }
 
 fn started(stage: Stage) -> Event {
@@ -137,7 +131,7 @@ async fn post_traced(app: &App, flags: &str) -> String {
     let asked = app.post("/v1/jobs").header("traceparent", format!("00-{TRACE}-{CALLER}-{flags}"));
     let answer = asked.json(&app.spec(6)).send().await.unwrap();
     assert_eq!(answer.status(), 201);
-    answer.json::<serde_json::Value>().await.unwrap()["id"].as_str().unwrap().into()
+    answer.json::<Value>().await.unwrap()["id"].as_str().unwrap().into()
 }
 
 #[tokio::test]
@@ -202,7 +196,7 @@ async fn who_does_not_trace_gets_a_trace_by_the_jobs_id_and_who_does_not_sample_
     let url = collector.start().await;
     drain(&app, &url);
     let unsampled = post_traced(&app, "00").await;
-    let own: serde_json::Value =
+    let own: Value =
         app.post("/v1/jobs").header("traceparent", "nonsense").json(&app.spec(6)).send().await.unwrap().json().await.unwrap();
     for _ in 0..2 {
         app.finish(app.claim().await, &[("report.json", b"{}")]).await;

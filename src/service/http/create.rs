@@ -186,6 +186,7 @@ async fn created(state: &AppState, row: JobRow) -> Result<Response, Problem> {
 /// Checks what the spec names, and reckons what it will take.
 pub(super) async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -> Result<Admitted, Problem> {
     check_source(&state.database, tenant, &spec).await?;
+    check_publish(&state.publish_to, &spec)?;
     let uploads = check_uploads(&state.database, tenant, &mut spec).await?;
     let roots = state.roots.clone();
     let admitted = tokio::task::spawn_blocking(move || admission::admit(spec, &roots, &uploads)).await;
@@ -211,6 +212,18 @@ async fn check_source(database: &Database, tenant: Tenant, spec: &JobSpec) -> Re
         None => "there is no such job".into(),
     };
     Err(Problem::spec(vec![Complaint { pointer: "/model/job_id".into(), message }]))
+}
+
+/// A place on the Hub that this service may write to.
+fn check_publish(namespaces: &[String], spec: &JobSpec) -> Result<(), Problem> {
+    let Some(publish) = &spec.publish else { return Ok(()) };
+    let owner = publish.repo.split('/').next().unwrap_or_default();
+    let message = match namespaces {
+        namespaces if namespaces.iter().any(|name| name == owner) => return Ok(()),
+        [] => "this service publishes nothing: it was started without --publish-to".into(),
+        namespaces => format!("this service publishes only below {}", namespaces.join(", ")),
+    };
+    Err(Problem::spec(vec![Complaint { pointer: "/publish/repo".into(), message }]))
 }
 
 /// Texts that the caller is to have brought; their sizes.

@@ -9,7 +9,6 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::Sink;
 use super::call::{Result, accepted, agent, beside};
 use crate::job::spec::{Corpus, ModelSource};
 use crate::job::state::JobState;
@@ -116,7 +115,7 @@ impl Lineage {
         if let Some(word) = &self.authorization {
             call = call.header("authorization", word);
         }
-        Ok(accepted(Sink::Lineage.name(), call.send_json(event))?.status().as_u16())
+        Ok(accepted("the receiver", call.send_json(event))?.status().as_u16())
     }
 
     /// `first`: the number of the event with which the first attempt began.

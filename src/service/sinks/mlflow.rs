@@ -10,13 +10,14 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::Sink;
 use super::call::{Refusal, Result, accepted, agent, beside};
 use crate::job::progress::Event;
 use crate::job::state::JobState;
 use crate::service::db::{Database, Entry, JobRow, Message, Tenant};
 use crate::service::store::Store;
 
+/// As the database calls this sink.
+pub const NAME: &str = "mlflow";
 /// One call, an upload of a file among them.
 const TIMEOUT: Duration = Duration::from_mins(2);
 /// What one `log-batch` may hold.
@@ -69,7 +70,7 @@ impl Mlflow {
             let told = gather(database, store, job).await?;
             let (this, run) = (self.clone(), (told.job.clone(), told.tags.clone()));
             let make = || beside(move || this.find_or_make(&run.0, &run.1));
-            let run = database.external_run(Sink::Mlflow.name(), id, make).await??;
+            let run = database.external_run(NAME, id, make).await??;
             let this = self.clone();
             beside(move || this.send(&run, &told)).await?;
             // Somebody else may have told of a newer state meanwhile, before this older one.

@@ -5,12 +5,14 @@
 
 mod address;
 mod call;
+mod hub;
 mod lineage;
 mod mlflow;
 mod traces;
 mod webhook;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
@@ -24,6 +26,7 @@ use super::telemetry;
 use call::Refusal;
 
 pub use address::Reach;
+pub use hub::Hub;
 pub use lineage::Lineage;
 pub use mlflow::Mlflow;
 pub use traces::{Parent, Traces};
@@ -38,41 +41,57 @@ const KEEP_TRYING: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_secs(5);
 const TIDY_EVERY: Duration = Duration::from_hours(1);
 
-/// A kind of receiver. Each has a loop and slots of its own: one that hangs takes nothing from the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sink {
-    Webhook,
-    Mlflow,
-    Traces,
-    Lineage,
+/// A kind of receiver and where it is. Each has a loop and slots of its own: one that hangs takes nothing from the others.
+#[derive(Debug, Clone)]
+pub enum Sink {
+    Webhooks(Reach),
+    Mlflow(Mlflow),
+    Traces(Traces),
+    Lineage(Lineage),
+    Hub(Hub),
 }
 
 impl Sink {
     /// As the database and the metrics call it.
-    const fn name(self) -> &'static str {
+    const fn name(&self) -> &'static str {
         match self {
-            Self::Webhook => "webhook",
-            Self::Mlflow => "mlflow",
-            Self::Traces => "traces",
-            Self::Lineage => "openlineage",
+            Self::Webhooks(_) => "webhook",
+            Self::Mlflow(_) => mlflow::NAME,
+            Self::Traces(_) => "traces",
+            Self::Lineage(_) => "openlineage",
+            Self::Hub(_) => hub::NAME,
         }
     }
 
     /// Tries at once.
-    const fn most(self) -> usize {
+    const fn most(&self) -> usize {
         match self {
-            Self::Webhook => 32,
-            Self::Mlflow => 2,
-            Self::Traces | Self::Lineage => 4,
+            Self::Webhooks(_) => 32,
+            Self::Traces(_) | Self::Lineage(_) => 4,
+            Self::Mlflow(_) | Self::Hub(_) => 2,
         }
     }
 
     /// Nobody else tries within this time; a try of whoever is gone then is made anew. At worst two try the same at
     /// once, which the receiver can tell by the message's id.
-    const fn lease(self) -> Duration {
+    const fn lease(&self) -> Duration {
         match self {
-            Self::Webhook | Self::Traces | Self::Lineage => Duration::from_mins(1),
-            Self::Mlflow => Duration::from_mins(5),
+            Self::Webhooks(_) | Self::Traces(_) | Self::Lineage(_) => Duration::from_mins(1),
+            Self::Mlflow(_) => Duration::from_mins(5),
+            // Whole checkpoints go over; one that is sent twice is taken once.
+            Self::Hub(_) => Duration::from_hours(1),
+        }
+    }
+
+    /// Tries to deliver a message once. Gives the status of the answer, where one tells enough.
+    async fn deliver(&self, drain: &Drain, message: &Message) -> call::Result<Option<u16>> {
+        let Drain { database, store, seal, .. } = drain;
+        match self {
+            Self::Webhooks(reach) => webhook::deliver(database, seal, *reach, message).await.map(Some),
+            Self::Mlflow(mlflow) => mlflow.deliver(database, store, message).await.map(|()| None),
+            Self::Traces(traces) => traces.deliver(database, message).await,
+            Self::Lineage(lineage) => lineage.deliver(database, message).await,
+            Self::Hub(hub) => hub.deliver(database, store, message).await.map(|()| None),
         }
     }
 }
@@ -83,29 +102,28 @@ const WAITS_S: [u32; 9] = [5, 60, 300, 1800, 7200, 18_000, 18_000, 28_800, 28_80
 /// What is delivered, and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// Where receivers of webhooks may be.
     pub reach: Reach,
     /// All waits are multiplied by this: one, but for those who try them out.
     pub patience: f64,
-    pub mlflow: Option<Mlflow>,
-    pub traces: Option<Traces>,
-    pub lineage: Option<Lineage>,
+    /// Receivers besides webhooks, of which there may be some at any time.
+    pub named: Vec<Sink>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { reach: Reach::Public, patience: 1.0, mlflow: None, traces: None, lineage: None }
+        Self { reach: Reach::Public, patience: 1.0, named: Vec::new() }
     }
 }
 
 impl Settings {
-    /// Receivers that get messages from here. Of webhooks there may be some at any time.
-    fn sinks(&self) -> Vec<Sink> {
-        let named = [
-            self.mlflow.as_ref().map(|_| Sink::Mlflow),
-            self.traces.as_ref().map(|_| Sink::Traces),
-            self.lineage.as_ref().map(|_| Sink::Lineage),
-        ];
-        std::iter::once(Sink::Webhook).chain(named.into_iter().flatten()).collect()
+    /// Owners of repositories of the Hub that results may go to.
+    pub fn publish_to(&self) -> Vec<String> {
+        let of = |sink: &Sink| match sink {
+            Sink::Hub(hub) => hub.namespaces.clone(),
+            Sink::Webhooks(_) | Sink::Mlflow(_) | Sink::Traces(_) | Sink::Lineage(_) => Vec::new(),
+        };
+        self.named.iter().flat_map(of).collect()
     }
 }
 
@@ -147,19 +165,20 @@ impl Drain {
     /// Delivers until `stop`. What is being tried then is tried again later, by whoever comes next.
     pub async fn serve(self, stop: CancellationToken) {
         let mut loops = JoinSet::new();
-        for sink in self.settings.sinks() {
-            loops.spawn(self.clone().drain(sink, stop.clone()));
+        let webhooks = Sink::Webhooks(self.settings.reach);
+        for sink in std::iter::once(webhooks).chain(self.settings.named.clone()) {
+            loops.spawn(self.clone().drain(Arc::new(sink), stop.clone()));
         }
         loops.join_all().await;
     }
 
-    async fn drain(self, sink: Sink, stop: CancellationToken) {
+    async fn drain(self, sink: Arc<Sink>, stop: CancellationToken) {
         telemetry::sink_ready(sink.name());
         let mut signals = self.database.signals();
         let mut tries = Tries::default();
         let mut tidied: Option<Instant> = None;
         loop {
-            if let Err(error) = self.begin(sink, &mut tries).await {
+            if let Err(error) = self.begin(&sink, &mut tries).await {
                 tracing::warn!(sink = sink.name(), %error, "the outbox waits for the database");
             }
             telemetry::tidy();
@@ -180,8 +199,8 @@ impl Drain {
         }
     }
 
-    async fn begin(&self, sink: Sink, tries: &mut Tries) -> Result<(), super::db::Error> {
-        if sink != Sink::Webhook {
+    async fn begin(&self, sink: &Arc<Sink>, tries: &mut Tries) -> Result<(), super::db::Error> {
+        if !matches!(**sink, Sink::Webhooks(_)) {
             self.database.sink_seen(sink.name()).await?;
         }
         let free = sink.most() - tries.running.len();
@@ -190,34 +209,19 @@ impl Drain {
         }
         let (busy, lease) = (tries.busy(), sink.lease().mul_f64(self.settings.patience).max(LEAST_LEASE));
         for message in self.database.messages_due(sink.name(), &busy, free as i64, lease).await? {
-            let (drain, endpoint) = (self.clone(), message.endpoint_id.unwrap_or_default());
+            let (drain, sink, endpoint) = (self.clone(), sink.clone(), message.endpoint_id.unwrap_or_default());
             *tries.by_endpoint.entry(endpoint).or_default() += 1;
             tries.running.spawn(async move {
-                drain.deliver(sink, message).await;
+                drain.deliver(&sink, message).await;
                 endpoint
             });
         }
         Ok(())
     }
 
-    async fn deliver(&self, sink: Sink, message: Message) {
+    async fn deliver(&self, sink: &Sink, message: Message) {
         let begun = Instant::now();
-        let (database, store) = (&self.database, &self.store);
-        let done = match (sink, &self.settings) {
-            (Sink::Mlflow, Settings { mlflow: Some(mlflow), .. }) => {
-                mlflow.deliver(database, store, &message).await.map(|()| None)
-            }
-            (Sink::Traces, Settings { traces: Some(traces), .. }) => {
-                traces.deliver(database, &message).await
-            }
-            (Sink::Lineage, Settings { lineage: Some(lineage), .. }) => {
-                lineage.deliver(database, &message).await
-            }
-            (Sink::Webhook | Sink::Mlflow | Sink::Traces | Sink::Lineage, settings) => {
-                webhook::deliver(database, &self.seal, settings.reach, &message).await.map(Some)
-            }
-        };
-        let (status, error) = match done {
+        let (status, error) = match sink.deliver(self, &message).await {
             Ok(status) => (status, None),
             Err(Refusal { status, message, .. }) => (status, Some(message)),
         };
