@@ -41,6 +41,7 @@ mod plans;
 mod problem;
 mod range;
 mod results;
+mod sinks;
 mod sweeps;
 mod uploads;
 mod webhooks;
