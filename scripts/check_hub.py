@@ -34,8 +34,8 @@ class Hub(Receiver):
     def answer(self, method, path, headers, body):
         path = urllib.parse.unquote(path)
         if path.startswith("/storage/"):
-            assert method == "PUT" and "authorization" not in headers, "the storage is told no token"
-            return self.store(path.removeprefix("/storage/"), body)
+            assert "authorization" not in headers, "the storage is told no token"
+            return self.store(method, path.removeprefix("/storage/"), body)
         if method in ("POST", "PUT"):
             assert headers.get("authorization") == f"Bearer {TOKEN}", (method, path)
         told = self.route(method, path.split("?")[0], path, headers, body)
@@ -43,8 +43,15 @@ class Hub(Receiver):
         text = value if isinstance(value, bytes) else json.dumps(value).encode()
         return status, text, {"Content-Type": "application/json", **more}
 
-    def store(self, at, body):
+    def store(self, method, at, body):
         oid, _, number = at.partition("/")
+        if method == "POST":
+            sent = json.loads(body)
+            told = {part["partNumber"]: part["etag"].strip('"') for part in sent["parts"]}
+            here = {number: body for (of, number), body in self.parts.items() if of == sent["oid"]}
+            assert told == {number: hashlib.md5(body).hexdigest() for number, body in here.items()}
+            self.large[sent["oid"]] = b"".join(here[number] for number in sorted(here))
+            return 200, b'{"success": true}'
         if not number:
             self.large[oid] = body
             return 200, b""
@@ -68,8 +75,10 @@ class Hub(Receiver):
             return {"errors": [], "warnings": []}
         if path.endswith("/info/lfs/objects/batch"):
             return {"transfer": "multipart" if "multipart" in sent["transfers"] else "basic", "objects": [self.object(o, sent) for o in sent["objects"]]}
-        if parts[0] == "lfs":
-            return self.lfs(parts[1], sent)
+        if path == "/lfs/verify":
+            assert hashlib.sha256(self.large[sent["oid"]]).hexdigest() == sent["oid"] and len(self.large[sent["oid"]]) == sent["size"]
+            self.verified.add(sent["oid"])
+            return {}
         if parts[:2] == ["api", "models"]:
             repo = self.repos["/".join(parts[2:4])]
             return self.model(repo, method, parts[4:], whole, headers, sent, body)
@@ -89,20 +98,8 @@ class Hub(Receiver):
         if size > PART:
             numbers = range(1, -(-size // PART) + 1)
             urls = {f"{n:05}": f"{self.url}/storage/{oid}/{n}" for n in numbers}
-            upload = {"href": f"{self.url}/lfs/complete", "header": {"chunk_size": str(PART), **urls}}
+            upload = {"href": f"{self.url}/storage/complete", "header": {"chunk_size": str(PART), **urls}}
         return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": {"href": f"{self.url}/lfs/verify"}}}
-
-    def lfs(self, what, sent):
-        oid = sent["oid"]
-        if what == "complete":
-            told = {part["partNumber"]: part["etag"].strip('"') for part in sent["parts"]}
-            here = {number: body for (of, number), body in self.parts.items() if of == oid}
-            assert told == {number: hashlib.md5(body).hexdigest() for number, body in here.items()}
-            self.large[oid] = b"".join(here[number] for number in sorted(here))
-            return {"success": True}
-        assert hashlib.sha256(self.large[oid]).hexdigest() == oid and len(self.large[oid]) == sent["size"]
-        self.verified.add(oid)
-        return {}
 
     def model(self, repo, method, what, whole, headers, sent, body):
         if what[:1] == ["preupload"]:
@@ -113,14 +110,14 @@ class Hub(Receiver):
             return [{**commit, "authors": [], "date": "2026-01-01T00:00:00.000Z", "message": ""} for commit in repo["commits"]]
         if what[:1] == ["commit"]:
             assert headers["content-type"] == "application/x-ndjson", headers["content-type"]
-            return self.commit(repo, [json.loads(line) for line in body.splitlines() if line.strip()])
+            return self.commit("/".join(whole.split("/")[3:5]), repo, [json.loads(line) for line in body.splitlines() if line.strip()])
         siblings = [{"rfilename": name, "size": len(content)} for name, content in repo["files"].items()]
         if what[:1] == ["tree"]:
             return [{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()} for name, content in repo["files"].items()]
         sha = repo["commits"][0]["id"] if repo["commits"] else "0" * 40
         return {"id": "my-team/x", "_id": "1", "sha": sha, "private": repo["private"], "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
 
-    def commit(self, repo, lines):
+    def commit(self, name, repo, lines):
         title = None
         for line in lines:
             value = line["value"]
@@ -135,7 +132,7 @@ class Hub(Receiver):
                 repo["files"][value["path"]] = self.large[value["oid"]]
         oid = hashlib.sha1(json.dumps(lines).encode()).hexdigest()
         repo["commits"].insert(0, {"id": oid, "title": title})
-        return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/commit/{oid}", "hookOutput": ""}
+        return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}", "hookOutput": ""}
 
 
 def by_the_real_client(hub):

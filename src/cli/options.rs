@@ -15,7 +15,7 @@ use crate::service::db::Database;
 use crate::service::http::ApiKey;
 use crate::service::local_pg::LocalPg;
 use crate::service::sinks::{self, Hub, Lineage, Mlflow, Reach, Sink, Traces};
-use crate::service::store::Store;
+use crate::service::store::{Bucket, Store};
 use crate::worker::{Settings, Shutdown};
 
 /// A request or a worker waits at most this long for a connection.
@@ -60,6 +60,13 @@ pub struct DataArgs {
     /// when API and workers run on several machines.
     #[arg(long, env = "SECATEUR_STORE_DIR", value_name = "DIR")]
     store_dir: Option<PathBuf>,
+    /// Keep finished files and uploads in a bucket of S3 instead, such as `s3://bucket/prefix`. Credentials, region and endpoint
+    /// come from the variables of AWS's own tools: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`.
+    #[arg(long, env = "SECATEUR_STORE_URL", value_name = "URL")]
+    store_url: Option<String>,
+    /// Send files of the bucket through the API, where clients cannot reach the bucket themselves.
+    #[arg(long, env = "SECATEUR_STORE_PROXY", requires = "store_url")]
+    store_proxy: bool,
 }
 
 impl DataArgs {
@@ -81,7 +88,12 @@ impl DataArgs {
     }
 
     /// The store of finished files, for this data directory.
-    pub fn store(&self, data: &Path) -> anyhow::Result<Store> {
+    pub async fn store(&self, data: &Path) -> anyhow::Result<Store> {
+        if let Some(url) = &self.store_url {
+            let bucket = Bucket::open(url, data.join("copies"), !self.store_proxy)?;
+            bucket.check().await.with_context(|| format!("cannot use the store {url}"))?;
+            return Ok(Store::Bucket(bucket));
+        }
         let directory = self.store_dir.clone().unwrap_or_else(|| data.join("store"));
         Store::open(&directory).with_context(|| format!("cannot open the store {}", directory.display()))
     }
@@ -145,6 +157,7 @@ impl KeyArgs {
 }
 
 #[derive(clap::Args)]
+#[command(after_help = "Traces of jobs go to OTEL_EXPORTER_OTLP_ENDPOINT (http/protobuf) where that is set.")]
 pub struct SinkArgs {
     /// Webhooks may go to this machine and private networks, at any port, without TLS.
     #[arg(long, env = "SECATEUR_WEBHOOKS_INSIDE")]
@@ -156,6 +169,9 @@ pub struct SinkArgs {
     /// The experiment whose runs they are.
     #[arg(long, env = "SECATEUR_MLFLOW_EXPERIMENT", default_value = "secateur", value_name = "NAME")]
     mlflow_experiment: String,
+    /// A registered model there: the checkpoint of each job becomes a version of it, and its files go over, too.
+    #[arg(long, env = "SECATEUR_MLFLOW_MODEL", value_name = "NAME", requires = "mlflow_url")]
+    mlflow_model: Option<String>,
     /// A receiver of `OpenLineage` events, such as `http://127.0.0.1:5000/api/v1/lineage`; `OPENLINEAGE_API_KEY` opens it.
     #[arg(long, env = "SECATEUR_OPENLINEAGE_URL", value_name = "URL")]
     openlineage_url: Option<String>,
@@ -183,7 +199,8 @@ impl SinkArgs {
         };
         let mlflow = named("--mlflow-url", &self.mlflow_url)?.map(|url| {
             let experiment = self.mlflow_experiment.clone();
-            Sink::Mlflow(Mlflow { url, experiment, authorization: mlflow_authorization() })
+            let (model, authorization) = (self.mlflow_model.clone(), mlflow_authorization());
+            Sink::Mlflow(Mlflow { url, experiment, model, authorization })
         });
         let lineage = named("--openlineage-url", &self.openlineage_url)?.map(|url| {
             let authorization = set("OPENLINEAGE_API_KEY").map(|key| format!("Bearer {key}"));
@@ -201,7 +218,9 @@ impl SinkArgs {
             (None, Some(file)) => {
                 std::fs::read_to_string(&file).with_context(|| format!("cannot read HF_TOKEN_PATH {file}"))?
             }
-            (None, None) => anyhow::bail!("--publish-to needs a token that may write there: set HF_TOKEN or HF_TOKEN_PATH"),
+            (None, None) => anyhow::bail!(
+                "--publish-to needs a token that may write there: set HF_TOKEN or HF_TOKEN_PATH"
+            ),
         };
         let url = set("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         Reach::Private.check(&url).map_err(|e| anyhow::anyhow!("HF_ENDPOINT {e}"))?;

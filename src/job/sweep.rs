@@ -98,7 +98,8 @@ impl SweepSpec {
         }
         let children = spec.children();
         if children.iter().any(|child| child.spec.publish.is_some()) {
-            let message = "the jobs of a sweep would replace each other there; publish the one that you choose";
+            let message =
+                "the jobs of a sweep would replace each other there; publish the one that you choose";
             return Err(vec![Complaint { pointer: "/base/publish".into(), message: message.into() }]);
         }
         let mut said = BTreeSet::new();

@@ -1,4 +1,4 @@
-//! `OpenLineage` events; `scripts/check_lineage.py` reads them with OpenLineage's own classes.
+//! `OpenLineage` events; `scripts/check_lineage.py` reads them with the classes of the standard itself.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,7 +17,10 @@ type Events = Arc<Mutex<Vec<Value>>>;
 async fn listen(app: &App, events: Events) {
     let (kept, refused) = (events, Arc::new(Mutex::new(false)));
     let url = receive(move |_, uri, headers, body| {
-        assert_eq!((uri.path(), headers["authorization"].to_str().unwrap()), ("/api/v1/lineage", "Bearer word"));
+        assert_eq!(
+            (uri.path(), headers["authorization"].to_str().unwrap()),
+            ("/api/v1/lineage", "Bearer word")
+        );
         if !std::mem::replace(&mut *refused.lock().unwrap(), true) {
             return (StatusCode::INTERNAL_SERVER_ERROR, json!({"message": "not now"}));
         }
@@ -34,7 +37,8 @@ async fn listen(app: &App, events: Events) {
 fn kinds(events: &Events, job: uuid::Uuid) -> Vec<String> {
     let events = events.lock().unwrap();
     let of_job = events.iter().filter(|event| event["run"]["runId"] == job.to_string());
-    let mut kinds: Vec<_> = of_job.map(|event| (event["eventTime"].clone().to_string(), event["eventType"].clone())).collect();
+    let mut kinds: Vec<_> =
+        of_job.map(|event| (event["eventTime"].clone().to_string(), event["eventType"].clone())).collect();
     kinds.sort_by_key(|(time, _)| time.clone());
     kinds.into_iter().map(|(_, kind)| kind.as_str().unwrap().to_owned()).collect()
 }
@@ -47,7 +51,8 @@ async fn a_run_begins_once_and_ends_once_with_what_it_read_and_left() {
 
     let fine = app.enqueue("fine").await.id;
     app.database.release(app.claim().await, "the worker leaves").await.unwrap();
-    app.finish(app.claim().await, &[("pruned/config.json", b"{}"), ("pruned/model.safetensors", b"weights")]).await;
+    app.finish(app.claim().await, &[("pruned/config.json", b"{}"), ("pruned/model.safetensors", b"weights")])
+        .await;
     let failing = app.enqueue("failing").await.id;
     let failure = Failure { kind: FailureKind::Model, stage: None, message: "no such repository".into() };
     app.database.fail(app.claim().await, &failure, Limits::default()).await.unwrap();
@@ -72,7 +77,8 @@ async fn a_run_begins_once_and_ends_once_with_what_it_read_and_left() {
     assert_eq!(complete["job"]["name"], "fine");
     let input = &complete["inputs"][0];
     assert_eq!((&input["namespace"], &input["name"]), (&json!("https://huggingface.co"), &json!("org/name")));
-    let names: Vec<_> = complete["outputs"].as_array().unwrap().iter().map(|output| &output["name"]).collect();
+    let names: Vec<_> =
+        complete["outputs"].as_array().unwrap().iter().map(|output| &output["name"]).collect();
     assert_eq!(names, [&json!(format!("{fine}/checkpoint")), &json!(format!("{fine}/pruned"))]);
     let statistics = &complete["outputs"][0]["outputFacets"]["outputStatistics"];
     assert_eq!((&statistics["fileCount"], &statistics["size"]), (&json!(2), &json!(9)));

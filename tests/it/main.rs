@@ -25,6 +25,8 @@ mod api_sweeps;
 mod api_uploads;
 #[cfg(feature = "engine")]
 mod bad_input;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod bucket;
 #[cfg(feature = "engine")]
 mod budget;
 #[cfg(feature = "engine")]

@@ -60,7 +60,9 @@ impl FakeHub {
                 held.private = sent["private"].as_bool();
                 (StatusCode::OK, json!({"url": "…"}))
             }
-            (&Method::POST, "/api/models/my-team/small/preupload/main") => (StatusCode::OK, preupload(&sent())),
+            (&Method::POST, "/api/models/my-team/small/preupload/main") => {
+                (StatusCode::OK, preupload(&sent()))
+            }
             (&Method::POST, "/my-team/small.git/info/lfs/objects/batch") => {
                 assert_eq!(headers["accept"], "application/vnd.git-lfs+json");
                 (StatusCode::OK, batch(&held, &sent()))
@@ -174,6 +176,13 @@ async fn the_better_checkpoint_of_a_job_that_asks_for_it_is_one_commit_though_an
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    let told = app.json(&format!("/v1/jobs/{id}/sinks")).await;
+    assert_eq!(told["known_as"], json!({"hub": "c0"}));
+    let published =
+        told["deliveries"].as_array().unwrap().iter().find(|d| d["type"] == "job.succeeded").unwrap();
+    assert_eq!((&published["sink"], &published["state"]), (&json!("hub"), &json!("delivered")));
+    assert!(published["tries"].as_array().unwrap().len() > 1, "an answer was lost: {published}");
+    assert!(!told.to_string().contains(TOKEN));
     let held = hub.0.lock().unwrap();
     assert_eq!(held.private, Some(true));
     assert_eq!(held.commits.len(), 1, "{:?}", held.commits);
@@ -189,15 +198,19 @@ async fn the_better_checkpoint_of_a_job_that_asks_for_it_is_one_commit_though_an
 async fn a_job_may_be_published_only_where_the_service_may_write_and_a_sweep_not_at_all() {
     let app = App::start().await;
     let mut spec = app.spec(6);
-    for (repo, said) in [("others/small", "only below my-team"), ("small", "owner/name"), ("my-team/../x", "owner/name")] {
+    for (repo, said) in
+        [("others/small", "only below my-team"), ("small", "owner/name"), ("my-team/../x", "owner/name")]
+    {
         spec["publish"] = json!({"repo": repo});
-        let refused = problem(app.post("/v1/jobs").json(&spec).send().await.unwrap(), 422, "invalid-spec").await;
+        let refused =
+            problem(app.post("/v1/jobs").json(&spec).send().await.unwrap(), 422, "invalid-spec").await;
         assert_eq!(pointers(&refused), ["/publish/repo"], "{repo}");
         assert!(refused.to_string().contains(said), "{refused}");
     }
     spec["publish"] = json!({"repo": "my-team/small", "private": false});
     assert_eq!(app.post("/v1/jobs").json(&spec).send().await.unwrap().status(), 201);
     let sweep = json!({"base": spec, "axes": {"layers": {"from": 1, "to": 2, "step": 1}}});
-    let refused = problem(app.post("/v1/sweeps").json(&sweep).send().await.unwrap(), 422, "invalid-spec").await;
+    let refused =
+        problem(app.post("/v1/sweeps").json(&sweep).send().await.unwrap(), 422, "invalid-spec").await;
     assert_eq!(pointers(&refused), ["/base/publish"]);
 }

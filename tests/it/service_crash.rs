@@ -18,6 +18,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::db::log;
+use crate::support::app::client;
 use crate::support::postgres::{reachable_directory, url};
 use crate::support::program::Bench;
 use crate::support::tiny::Tiny;
@@ -250,9 +251,14 @@ async fn a_job_whose_child_worker_and_service_are_killed_in_turn_ends_with_the_s
     collector.until(&["attempt 1", "attempt 2", "attempt 3", "attempt 4"]).await;
     let spans = collector.traced();
     let shown = tree(&spans, "00f067aa0ba902b7");
-    let attempts: Vec<&str> = shown.iter().map(|row| row.trim()).filter(|row| row.starts_with("attempt")).collect();
+    let attempts: Vec<&str> =
+        shown.iter().map(|row| row.trim()).filter(|row| row.starts_with("attempt")).collect();
     // The first child was killed, and its worker told; two workers died, and nobody told but the database.
-    assert_eq!(attempts, ["attempt 1: error", "attempt 2: error", "attempt 3: error", "attempt 4: success"], "{shown:#?}");
+    assert_eq!(
+        attempts,
+        ["attempt 1: error", "attempt 2: error", "attempt 3: error", "attempt 4: success"],
+        "{shown:#?}"
+    );
     assert_eq!(shown[0], "RUN secateur: success");
     let cut_off = |row: &&String| row.trim() == "heal: error";
     assert_eq!(shown.iter().filter(cut_off).count(), 3, "{shown:#?}");
@@ -285,7 +291,7 @@ async fn a_service_that_is_told_to_stop_gives_its_job_back_and_goes_on_after_the
 
 async fn ready(service: &Process) -> bool {
     let url = format!("{}/readyz", service.url.as_ref().unwrap());
-    reqwest::get(url).await.is_ok_and(|r| r.status() == 200)
+    client().get(url).send().await.is_ok_and(|r| r.status() == 200)
 }
 
 #[tokio::test]

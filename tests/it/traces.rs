@@ -12,8 +12,8 @@ use prost::Message;
 use secateur::job::progress::{Event, Stage};
 use secateur::job::report::{Failure, FailureKind};
 use secateur::service::db::{Dead, Limits};
-use serde_json::{Value, json};
 use secateur::service::sinks::{Reach, Sink, Traces};
+use serde_json::{Value, json};
 
 use crate::support::app::{App, receive};
 
@@ -95,7 +95,8 @@ pub fn tree(spans: &[Span], caller: &str) -> Vec<String> {
             (depth, at) = (depth + 1, parent);
         }
         assert_eq!(hex::encode(&at.parent_span_id), caller, "{}", at.name);
-        let result = attribute(span, "cicd.pipeline.task.run.result").or(attribute(span, "cicd.pipeline.result"));
+        let result =
+            attribute(span, "cicd.pipeline.task.run.result").or(attribute(span, "cicd.pipeline.result"));
         let row = format!("{}{}: {}", "  ".repeat(depth), span.name, result.unwrap_or_default());
         rows.push((span.start_time_unix_nano, depth, row));
     }
@@ -152,7 +153,8 @@ async fn a_job_is_one_trace_from_its_request_to_every_stage_though_the_collector
     app.database.reap(Dead::Worker(mortal), limits).await.unwrap();
     let second = app.claim().await;
     tokio::time::sleep(Duration::from_millis(80)).await;
-    let failure = Failure { kind: FailureKind::Storage, stage: Some(Stage::Heal), message: "disk full".into() };
+    let failure =
+        Failure { kind: FailureKind::Storage, stage: Some(Stage::Heal), message: "disk full".into() };
     let told = [started(Stage::Profile), finished(Stage::Profile, false, 50), started(Stage::Heal)];
     app.database.record(second, &told).await.unwrap();
     app.database.record(second, &[Event::Failed { failure: failure.clone() }]).await.unwrap();
@@ -183,7 +185,10 @@ async fn a_job_is_one_trace_from_its_request_to_every_stage_though_the_collector
     assert_eq!(shown, wanted);
     let measured = spans.iter().filter(|span| span.name == "profile");
     assert!(measured.clone().any(|span| span.end_time_unix_nano - span.start_time_unix_nano == 50_000_000));
-    assert_eq!(measured.filter(|span| attribute(span, "secateur.stage.reused").unwrap() == "true").count(), 1);
+    assert_eq!(
+        measured.filter(|span| attribute(span, "secateur.stage.reused").unwrap() == "true").count(),
+        1
+    );
     let fault = spans.iter().find(|span| span.name == "heal" && span.status.is_some()).unwrap();
     assert_eq!(fault.status.as_ref().unwrap().message, "disk full");
 }
@@ -196,8 +201,16 @@ async fn who_does_not_trace_gets_a_trace_by_the_jobs_id_and_who_does_not_sample_
     let url = collector.start().await;
     drain(&app, &url);
     let unsampled = post_traced(&app, "00").await;
-    let own: Value =
-        app.post("/v1/jobs").header("traceparent", "nonsense").json(&app.spec(6)).send().await.unwrap().json().await.unwrap();
+    let own: Value = app
+        .post("/v1/jobs")
+        .header("traceparent", "nonsense")
+        .json(&app.spec(6))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     for _ in 0..2 {
         app.finish(app.claim().await, &[("report.json", b"{}")]).await;
     }

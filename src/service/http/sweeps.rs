@@ -326,8 +326,7 @@ async fn shown(state: &AppState, row: SweepRow) -> Result<Sweep, Problem> {
 /// The report a job has left.
 async fn job_report(state: &AppState, tenant: Tenant, id: Uuid) -> Result<Option<Report>, Problem> {
     let Some(row) = state.database.artifact(tenant, id, "report.json").await? else { return Ok(None) };
-    let path = state.store.path(&row.location).map_err(Problem::internal)?;
-    let bytes = tokio::fs::read(path).await.map_err(Problem::internal)?;
+    let bytes = state.store.bytes(&row.location, row.size_bytes as u64).await.map_err(Problem::internal)?;
     // One of another version is left out.
     Ok(serde_json::from_slice(&bytes).ok())
 }

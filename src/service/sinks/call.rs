@@ -48,10 +48,7 @@ pub fn agent(timeout: Duration) -> Agent {
 }
 
 /// The answer of `who`, unless it refuses.
-pub fn accepted(
-    who: &str,
-    got: std::result::Result<Response<Body>, ureq::Error>,
-) -> Result<Response<Body>> {
+pub fn accepted(who: &str, got: std::result::Result<Response<Body>, ureq::Error>) -> Result<Response<Body>> {
     let mut got = got.map_err(|e| format!("{who}: {e}"))?;
     let status = got.status();
     if status.is_success() {

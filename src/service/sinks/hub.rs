@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use base64::Engine;
@@ -18,8 +17,8 @@ use ureq::{Body, RequestBuilder};
 
 use super::call::{Refusal, Result, accepted, agent, beside};
 use crate::job::spec::PublishSpec;
-use crate::service::db::{Database, JobRow, Message};
-use crate::service::store::Store;
+use crate::service::db::{Database, JobRow, Message, best_checkpoint};
+use crate::service::store::{Local, Store};
 
 /// As the database calls this sink.
 pub const NAME: &str = "hub";
@@ -31,8 +30,6 @@ const UPLOAD_TIMEOUT: Duration = Duration::from_hours(1);
 const SAMPLE_BYTES: u64 = 512;
 const BRANCH: &str = "main";
 const LFS: &str = "application/vnd.git-lfs+json";
-/// The checkpoints a job may leave, the better one first.
-const CHECKPOINTS: [&str; 2] = ["healed/", "pruned/"];
 
 /// A Hub, and where on it this service may write.
 #[derive(Clone)]
@@ -54,7 +51,7 @@ impl std::fmt::Debug for Hub {
 struct Item {
     /// Within the repository.
     path: String,
-    file: PathBuf,
+    file: Local,
     /// Hex.
     sha256: String,
     size_bytes: u64,
@@ -94,14 +91,12 @@ impl Hub {
         let Some(job) = database.job(message.tenant, id).await? else { return Ok(()) };
         let Some(publish) = job.spec.publish.clone() else { return Ok(()) };
         let rows = database.artifacts(message.tenant, id).await?;
-        let directory = CHECKPOINTS.into_iter().find(|dir| rows.iter().any(|row| row.path.starts_with(dir)));
         let mut items = Vec::new();
-        for row in rows {
-            if let Some(path) = directory.and_then(|directory| row.path.strip_prefix(directory)) {
-                let file = store.path(&row.location).map_err(|e| format!("artifact {}: {e}", row.path))?;
-                let (path, sha256) = (path.to_owned(), row.sha256);
-                items.push(Item { path, file, sha256, size_bytes: row.size_bytes as u64 });
-            }
+        for (path, row) in best_checkpoint(&rows) {
+            let size_bytes = row.size_bytes as u64;
+            let file = store.local(&row.location, size_bytes).await;
+            let file = file.map_err(|e| format!("artifact {}: {e}", row.path))?;
+            items.push(Item { path: path.to_owned(), file, sha256: row.sha256.clone(), size_bytes });
         }
         let (this, asked) = (self.clone(), publish.clone());
         let (items, large) = beside(move || {
@@ -119,7 +114,8 @@ impl Hub {
     /// Makes the repository, unless it is there.
     fn create(&self, asked: &PublishSpec) -> Result<()> {
         let (organization, name) = asked.repo.split_once('/').unwrap_or_default();
-        let new = json!({"name": name, "organization": organization, "type": "model", "private": asked.private});
+        let new =
+            json!({"name": name, "organization": organization, "type": "model", "private": asked.private});
         match self.call(&format!("{}/api/repos/create", self.base()), &new) {
             Ok(_) | Err(Refusal { status: Some(409), .. }) => Ok(()),
             Err(refusal) => Err(refusal),
@@ -131,10 +127,17 @@ impl Hub {
         let mut files = Vec::new();
         for item in items {
             let mut sample = Vec::new();
-            open(item)?.take(SAMPLE_BYTES).read_to_end(&mut sample).map_err(|e| format!("{}: {e}", item.path))?;
-            files.push(json!({"path": item.path, "size": item.size_bytes, "sample": STANDARD.encode(sample)}));
+            open(item)?
+                .take(SAMPLE_BYTES)
+                .read_to_end(&mut sample)
+                .map_err(|e| format!("{}: {e}", item.path))?;
+            files
+                .push(json!({"path": item.path, "size": item.size_bytes, "sample": STANDARD.encode(sample)}));
         }
-        let asked = self.call(&format!("{}/api/models/{repo}/preupload/{BRANCH}", self.base()), &json!({"files": files}))?;
+        let asked = self.call(
+            &format!("{}/api/models/{repo}/preupload/{BRANCH}", self.base()),
+            &json!({"files": files}),
+        )?;
         let wanted: Vec<Wanted> = read(asked["files"].clone())?;
         let large = |item: &&Item| {
             wanted.iter().any(|w| w.path == item.path && w.upload_mode == "lfs" && !w.should_ignore)
@@ -154,7 +157,8 @@ impl Hub {
         let answer = json_of(accepted("the Hub", call.send(&batch.to_string()))?)?;
         for object in read::<Vec<Object>>(answer["objects"].clone())? {
             let item = large.iter().find(|item| item.sha256 == object.oid);
-            let item = item.ok_or_else(|| format!("the Hub speaks of {}, which nobody offered", object.oid))?;
+            let item =
+                item.ok_or_else(|| format!("the Hub speaks of {}, which nobody offered", object.oid))?;
             self.send(item, object)?;
         }
         Ok(large.into_iter().map(|item| item.path.clone()).collect())
@@ -174,37 +178,12 @@ impl Hub {
                 }
                 accepted("the Hub's storage", call.send(&open(item)?))?;
             }
-            Some(size) => self.send_parts(item, upload, &plain(size))?,
+            Some(size) => send_parts(item, upload, &plain(size))?,
         }
         if let Some(verify) = object.actions.get("verify") {
             let told = json!({"oid": item.sha256, "size": item.size_bytes});
             accepted("the Hub", self.post(&verify.href).content_type(LFS).send(&told.to_string()))?;
         }
-        Ok(())
-    }
-
-    /// In parts, each to a URL of its own, which `upload.header` holds by the part's number.
-    fn send_parts(&self, item: &Item, upload: &Action, size: &str) -> Result<()> {
-        let size: u64 = size.parse().map_err(|_| format!("the Hub wants parts of `{size}` bytes"))?;
-        let numbered = upload.header.iter().filter_map(|(name, url)| Some((name.parse::<u64>().ok()?, url.as_str()?)));
-        let urls: BTreeMap<u64, &str> = numbered.collect();
-        if size == 0 || urls.len() as u64 != item.size_bytes.div_ceil(size) {
-            return Err(format!("the Hub wants {} parts of {size} bytes of {}", urls.len(), item.path).into());
-        }
-        let mut parts = Vec::new();
-        for (place, (number, url)) in urls.into_iter().enumerate() {
-            let mut file = open(item)?;
-            let mut part = Vec::new();
-            let read = file.seek(SeekFrom::Start(place as u64 * size)).and_then(|_| file.take(size).read_to_end(&mut part));
-            read.map_err(|e| format!("{}: {e}", item.path))?;
-            let answer = accepted("the Hub's storage", agent(UPLOAD_TIMEOUT).put(url).send(&part))?;
-            let etag = answer.headers().get("etag").and_then(|etag| etag.to_str().ok());
-            let etag = etag.ok_or_else(|| "the Hub's storage took a part and gave no ETag".to_owned())?;
-            parts.push(json!({"partNumber": number, "etag": etag}));
-        }
-        let done = json!({"oid": item.sha256, "parts": parts});
-        let call = self.post(&upload.href).header("accept", LFS).content_type(LFS);
-        accepted("the Hub", call.send(&done.to_string()))?;
         Ok(())
     }
 
@@ -214,19 +193,23 @@ impl Hub {
         let url = format!("{}/api/models/{repo}/commits/{BRANCH}", self.base());
         let call = agent(TIMEOUT).get(&url).header("authorization", self.authorization());
         let commits = json_of(accepted("the Hub", call.call())?)?;
-        let before = commits.as_array().into_iter().flatten().find(|commit| commit["title"] == title.as_str());
+        let before =
+            commits.as_array().into_iter().flatten().find(|commit| commit["title"] == title.as_str());
         if let Some(id) = before.and_then(|commit| commit["id"].as_str()) {
             return Ok(id.to_owned());
         }
-        let header = json!({"summary": title, "description": format!("{} made of {}", job.spec.title(), job.id)});
+        let header =
+            json!({"summary": title, "description": format!("{} made of {}", job.spec.title(), job.id)});
         let mut lines = json!({"key": "header", "value": header}).to_string();
         for item in items {
             let line = if large.contains(&item.path) {
-                let value = json!({"path": item.path, "algo": "sha256", "oid": item.sha256, "size": item.size_bytes});
+                let value =
+                    json!({"path": item.path, "algo": "sha256", "oid": item.sha256, "size": item.size_bytes});
                 json!({"key": "lfsFile", "value": value})
             } else {
-                let content = std::fs::read(&item.file).map_err(|e| format!("{}: {e}", item.path))?;
-                let value = json!({"path": item.path, "encoding": "base64", "content": STANDARD.encode(content)});
+                let content = std::fs::read(&item.file.path).map_err(|e| format!("{}: {e}", item.path))?;
+                let value =
+                    json!({"path": item.path, "encoding": "base64", "content": STANDARD.encode(content)});
                 json!({"key": "file", "value": value})
             };
             lines.push('\n');
@@ -255,8 +238,37 @@ impl Hub {
     }
 }
 
+/// In parts, each to a URL of its own, which `upload.header` holds by the part's number.
+fn send_parts(item: &Item, upload: &Action, size: &str) -> Result<()> {
+    let size: u64 = size.parse().map_err(|_| format!("the Hub wants parts of `{size}` bytes"))?;
+    let numbered =
+        upload.header.iter().filter_map(|(name, url)| Some((name.parse::<u64>().ok()?, url.as_str()?)));
+    let urls: BTreeMap<u64, &str> = numbered.collect();
+    if size == 0 || urls.len() as u64 != item.size_bytes.div_ceil(size) {
+        return Err(format!("the Hub wants {} parts of {size} bytes of {}", urls.len(), item.path).into());
+    }
+    let mut parts = Vec::new();
+    for (place, (number, url)) in urls.into_iter().enumerate() {
+        let mut file = open(item)?;
+        let mut part = Vec::new();
+        let read = file
+            .seek(SeekFrom::Start(place as u64 * size))
+            .and_then(|_| file.take(size).read_to_end(&mut part));
+        read.map_err(|e| format!("{}: {e}", item.path))?;
+        let answer = accepted("the Hub's storage", agent(UPLOAD_TIMEOUT).put(url).send(&part))?;
+        let etag = answer.headers().get("etag").and_then(|etag| etag.to_str().ok());
+        let etag = etag.ok_or_else(|| "the Hub's storage took a part and gave no ETag".to_owned())?;
+        parts.push(json!({"partNumber": number, "etag": etag}));
+    }
+    let done = json!({"oid": item.sha256, "parts": parts});
+    // It is the storage's: the URL opens it, and the token is none of its business.
+    let call = agent(TIMEOUT).post(&upload.href).header("accept", LFS).content_type(LFS);
+    accepted("the Hub's storage", call.send(&done.to_string()))?;
+    Ok(())
+}
+
 fn open(item: &Item) -> Result<File> {
-    File::open(&item.file).map_err(|e| format!("{}: {e}", item.path).into())
+    File::open(&item.file.path).map_err(|e| format!("{}: {e}", item.path).into())
 }
 
 /// A number that may stand as text.
@@ -270,5 +282,6 @@ fn json_of(mut answer: Response<Body>) -> Result<Value> {
 }
 
 fn read<T: serde::de::DeserializeOwned>(value: Value) -> Result<T> {
-    serde_json::from_value(value).map_err(|e| format!("the Hub answered otherwise than it should: {e}").into())
+    serde_json::from_value(value)
+        .map_err(|e| format!("the Hub answered otherwise than it should: {e}").into())
 }

@@ -99,7 +99,8 @@ impl Lineage {
             "job.succeeded" => database.artifacts(message.tenant, id).await?,
             _ => Vec::new(),
         };
-        let changes = database.events_after(message.tenant, id, 0, &["state_changed".into()], MOST_CHANGES).await?;
+        let changes =
+            database.events_after(message.tenant, id, 0, &["state_changed".into()], MOST_CHANGES).await?;
         let running = |row: &&EventRow| {
             matches!(row.body, Entry::Job(JobEvent::StateChanged { state: JobState::Running, .. }))
         };
@@ -192,12 +193,17 @@ impl Lineage {
     fn outputs(&self, job: &JobRow, files: &[ArtifactRow]) -> Vec<Named> {
         let of = |directory: &'static str| {
             let inside = move |file: &&ArtifactRow| file.path.starts_with(&format!("{directory}/"));
-            let (count, size) =
-                files.iter().filter(inside).fold((0, 0), |(count, size), file| (count + 1, size + file.size_bytes));
+            let (count, size) = files
+                .iter()
+                .filter(inside)
+                .fold((0, 0), |(count, size), file| (count + 1, size + file.size_bytes));
             (count > 0).then_some((directory, count, size))
         };
         let left: Vec<_> = ["healed", "pruned", "gguf"].into_iter().filter_map(of).collect();
-        let best = left.first().filter(|(directory, ..)| *directory != "gguf").map(|(_, count, size)| ("checkpoint", *count, *size));
+        let best = left
+            .first()
+            .filter(|(directory, ..)| *directory != "gguf")
+            .map(|(_, count, size)| ("checkpoint", *count, *size));
         let named = |(name, count, size): (&str, i64, i64)| {
             let statistics = json!({"fileCount": count, "size": size});
             Named {

@@ -209,7 +209,8 @@ impl Drain {
         }
         let (busy, lease) = (tries.busy(), sink.lease().mul_f64(self.settings.patience).max(LEAST_LEASE));
         for message in self.database.messages_due(sink.name(), &busy, free as i64, lease).await? {
-            let (drain, sink, endpoint) = (self.clone(), sink.clone(), message.endpoint_id.unwrap_or_default());
+            let (drain, sink, endpoint) =
+                (self.clone(), sink.clone(), message.endpoint_id.unwrap_or_default());
             *tries.by_endpoint.entry(endpoint).or_default() += 1;
             tries.running.spawn(async move {
                 drain.deliver(&sink, message).await;

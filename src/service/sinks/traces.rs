@@ -7,7 +7,9 @@
 
 use std::time::Duration;
 
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+};
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::common::v1::{AnyValue, InstrumentationScope, KeyValue};
 use opentelemetry_proto::tonic::resource::v1::Resource;
@@ -79,7 +81,8 @@ impl Traces {
             }
             None => Duration::from_secs(10),
         };
-        let headers = exporter("HEADERS").map_or_else(|| Ok(Vec::new()), |(name, value)| pairs(&name, &value))?;
+        let headers =
+            exporter("HEADERS").map_or_else(|| Ok(Vec::new()), |(name, value)| pairs(&name, &value))?;
         let mut resource = match set("OTEL_RESOURCE_ATTRIBUTES") {
             Some(value) => pairs("OTEL_RESOURCE_ATTRIBUTES", &value)?,
             None => Vec::new(),
@@ -127,8 +130,7 @@ impl Traces {
         let scope_spans = vec![ScopeSpans { scope: Some(scope), spans, ..ScopeSpans::default() }];
         let of_us = ResourceSpans { resource: Some(resource), scope_spans, ..ResourceSpans::default() };
         let request = ExportTraceServiceRequest { resource_spans: vec![of_us] };
-        let mut call =
-            agent(self.timeout).post(&self.url).header("content-type", "application/x-protobuf");
+        let mut call = agent(self.timeout).post(&self.url).header("content-type", "application/x-protobuf");
         for (name, value) in &self.headers {
             call = call.header(name, value);
         }
@@ -186,8 +188,8 @@ impl Parent {
     pub fn read(text: &str) -> Option<Self> {
         let plain = |part: &str| part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         let mut parts = text.split('-');
-        let [version, trace, span, flags] =
-            [parts.next()?, parts.next()?, parts.next()?, parts.next()?].map(|part| Some(part).filter(|p| plain(p)));
+        let [version, trace, span, flags] = [parts.next()?, parts.next()?, parts.next()?, parts.next()?]
+            .map(|part| Some(part).filter(|p| plain(p)));
         let (version, flags) = (version?, flags?);
         // Later versions may say more behind these.
         let whole = version != "ff" && version.len() == 2 && (version != "00" || parts.next().is_none());
@@ -252,7 +254,9 @@ impl<'a> Trace<'a> {
             attribute("secateur.job.title", self.job.spec.title()),
         ];
         let labels = &self.job.labels;
-        attributes.extend(labels.iter().map(|(key, value)| attribute(&format!("secateur.label.{key}"), value.clone())));
+        attributes.extend(
+            labels.iter().map(|(key, value)| attribute(&format!("secateur.label.{key}"), value.clone())),
+        );
         let parent = match (self.job.asked.at, self.parent) {
             (Some(_), _) => self.id("request", 0),
             (None, Some(parent)) => parent.span.to_vec(),
@@ -329,7 +333,10 @@ impl<'a> Trace<'a> {
             attribute("cicd.pipeline.task.name", stage.name().into()),
             attribute("cicd.pipeline.task.run.id", format!("{}/{seq}", self.job.id)),
             attribute("cicd.pipeline.task.run.result", outcome.into()),
-            KeyValue { value: Some(AnyValue { value: Some(Value::BoolValue(reused)) }), ..attribute("secateur.stage.reused", String::new()) },
+            KeyValue {
+                value: Some(AnyValue { value: Some(Value::BoolValue(reused)) }),
+                ..attribute("secateur.stage.reused", String::new())
+            },
         ];
         let span = self.span("stage", seq, attempt.to_vec(), stage.name().into(), during);
         Span { attributes, ..span }
@@ -394,7 +401,10 @@ fn attribute(key: &str, value: String) -> KeyValue {
 }
 
 fn number(key: &str, value: i64) -> KeyValue {
-    KeyValue { value: Some(AnyValue { value: Some(Value::IntValue(value)) }), ..attribute(key, String::new()) }
+    KeyValue {
+        value: Some(AnyValue { value: Some(Value::IntValue(value)) }),
+        ..attribute(key, String::new())
+    }
 }
 
 fn nanos(at: OffsetDateTime) -> u64 {
@@ -452,7 +462,10 @@ mod tests {
     fn a_traceparent_is_read_as_w3c_has_it() {
         let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
         let fine = Parent::read(&format!("00-{trace}-{span}-01")).unwrap();
-        assert_eq!((hex::encode(fine.trace), hex::encode(fine.span), fine.sampled), (trace.into(), span.into(), true));
+        assert_eq!(
+            (hex::encode(fine.trace), hex::encode(fine.span), fine.sampled),
+            (trace.into(), span.into(), true)
+        );
         assert!(!Parent::read(&format!("00-{trace}-{span}-02")).unwrap().sampled);
         assert!(Parent::read(&format!("cc-{trace}-{span}-01-what-comes")).is_some());
         for wrong in [

@@ -75,7 +75,7 @@ impl App {
         let (listening, stop) = (database.clone(), shutdown.clone());
         tokio::spawn(async move { listening.listen(stop).await });
         let server = tokio::spawn(serve(listener, state));
-        Self { url, database, store, shutdown, client: Client::new(), server, directory }
+        Self { url, database, store, shutdown, client: client(), server, directory }
     }
 
     /// Drains the outbox as the service does, with waits a thousand times shorter.
@@ -146,7 +146,7 @@ impl App {
             let _ = fs::remove_file(&file);
             fs::write(&file, bytes).unwrap();
             let location = format!("{}/{path}", epoch_prefix(lease.job, lease.epoch));
-            let put = self.store.put(&location, &file).unwrap();
+            let put = self.store.put(&location, &file).await.unwrap();
             stored.push(NewArtifact {
                 path: (*path).into(),
                 sha256: put.sha256,
@@ -158,16 +158,23 @@ impl App {
     }
 }
 
+/// A client like any other. Which cryptography it is to use must be said, as in the program itself.
+pub fn client() -> Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Client::new()
+}
+
 /// Somebody on loopback who is told of things; gives where.
 pub async fn receive(
     answer: impl Fn(&Method, &Uri, &HeaderMap, &[u8]) -> (StatusCode, Value) + Clone + Send + Sync + 'static,
 ) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let routes = Router::new().fallback(async move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| {
-        let (status, body) = answer(&method, &uri, &headers, &body);
-        (status, body.to_string())
-    });
+    let routes =
+        Router::new().fallback(async move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| {
+            let (status, body) = answer(&method, &uri, &headers, &body);
+            (status, body.to_string())
+        });
     tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
     url
 }

@@ -46,8 +46,8 @@ class Form {
       location.hash = `#/webhooks/${made.id}`;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      this.problem = error;
       for (const { pointer, message } of error.problem.errors ?? []) this.wrong[pointer.split("/")[1]] = message;
+      this.problem = Object.keys(this.wrong).length ? null : error;
       this.draw();
       form.querySelector("[aria-invalid=true]")?.focus();
     }
@@ -154,7 +154,7 @@ class Shown {
       <td data-name="When">${time(message.created_at)}</td>
       <td data-name="Tries">${message.tries.length}${next}</td>
       <td data-name="Last answer" class="answer">${answer}</td>
-      <td data-name="Body"><details><summary>Body</summary><pre tabindex="0">${message.body}</pre></details></td>
+      <td><details><summary>Body</summary><pre tabindex="0">${message.body}</pre></details></td>
       <td><button @click=${this.act(`deliveries/${message.id}/redeliver`, "It is sent again.")}>Send again</button></td></tr>`;
   }
 
