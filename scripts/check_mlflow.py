@@ -88,13 +88,14 @@ def versions(client, service, succeeded):
     """Each job that succeeded is one version of the model, whose files are the checkpoint's."""
     import mlflow
 
+    mlflow.set_tracking_uri(client.tracking_uri)
     found = {v.run_id: v for v in client.search_model_versions("name='shears'")}
     assert len(client.search_model_versions("name='shears'")) == len(found) == len(succeeded)
     for job, run in succeeded.items():
         version = found[run.info.run_id]
         assert version.status == "READY" and version.tags["secateur.job_id"] == job, version
         with tempfile.TemporaryDirectory() as directory:
-            here = pathlib.Path(mlflow.artifacts.download_artifacts(f"models:/shears/{version.version}", dst_path=directory, tracking_uri=client.tracking_uri, registry_uri=client.tracking_uri))
+            here = pathlib.Path(mlflow.artifacts.download_artifacts(f"models:/shears/{version.version}", dst_path=directory))
             files = {str(p.relative_to(here)): hashlib.sha256(p.read_bytes()).hexdigest() for p in here.rglob("*") if p.is_file()}
         artifacts = {a["path"]: a["sha256"] for a in service.call(f"/v1/jobs/{job}/artifacts")["data"]}
         best = "healed/" if "healed/config.json" in artifacts else "pruned/"
@@ -108,7 +109,7 @@ def main():
     parser.add_argument("--model", help="a directory with a small model; one with random weights is made when absent")
     parser.add_argument("--mlflow", default=str(pathlib.Path(sys.executable).with_name("mlflow")))
     args = parser.parse_args()
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     from mlflow import MlflowClient
 
     server = Server(args.mlflow)

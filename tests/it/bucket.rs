@@ -1,4 +1,4 @@
-//! What of S3 needs no S3; `scripts/check_s3.py` has a real one (moto, from PyPI).
+//! What of S3 needs no S3; `scripts/check_s3.py` has one (moto).
 
 use secateur::service::store::Bucket;
 
