@@ -106,6 +106,10 @@ def main():
         other = pathlib.Path(service.home.name, "other")
         refused = subprocess.run([args.binary, "up", "--data-dir", other, "--bind", "127.0.0.1:0", "--store-url", "s3://nowhere-at-all"], capture_output=True, text=True)
         assert refused.returncode == 1 and "s3://nowhere-at-all" in refused.stderr, refused
+        for named, word in [(url, "good"), ("s3://nowhere-at-all", "bad")]:
+            asked = [args.binary, "doctor", "--offline", "--json", "--data-dir", other, "--store-url", named]
+            findings = json.loads(subprocess.run(asked, capture_output=True, text=True).stdout)
+            assert [f["health"] for f in findings if f["about"] == "store"] == [word], findings
         text = b"Once upon a time there was a little dog who liked to run in the park. "
         large, parts = bring(service, text * 260_000)
         assert parts == 2 and len(moto.keys(f"uploads/{large}")) == parts
@@ -154,7 +158,7 @@ def main():
         until("the deleted gone", lambda: not moto.keys(f"jobs/{second}/"))
         service.call(f"/v1/uploads/{upload}", method="DELETE")
         until("the upload gone", lambda: not moto.keys("uploads"))
-        copies = list(pathlib.Path(service.home.name, "copies").iterdir())
+        copies = list(pathlib.Path(service.home.name).glob("copies/*"))
         assert not copies, copies
         held = sum(item["Size"] for item in moto.keys().values())
         assert any(k.endswith(".safetensors") and "-" in item["ETag"] for k, item in moto.keys().items()), "no weights in parts"

@@ -87,6 +87,11 @@ impl DataArgs {
         made.with_context(|| format!("cannot use the data directory {}", directory.display()))
     }
 
+    /// The bucket that keeps finished files, where one is named.
+    pub fn store_url(&self) -> Option<&str> {
+        self.store_url.as_deref()
+    }
+
     /// The store of finished files, for this data directory.
     pub async fn store(&self, data: &Path) -> anyhow::Result<Store> {
         if let Some(url) = &self.store_url {

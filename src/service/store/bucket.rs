@@ -58,7 +58,7 @@ impl Bucket {
     /// (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …). Asks nobody yet.
     ///
     /// # Errors
-    /// When `url` names no bucket, a variable makes no sense, or `scratch` cannot be written to.
+    /// When `url` names no bucket, a variable makes no sense, or `scratch` cannot be read.
     pub fn open(url: &str, scratch: PathBuf, links: bool) -> Result<Self, OpenError> {
         let wrong = || OpenError::NoBucket(url.into());
         let named = url.strip_prefix("s3://").ok_or_else(wrong)?;
@@ -274,8 +274,11 @@ async fn write(mut bytes: Stream, size_bytes: u64, to: &Path) -> io::Result<()> 
 
 /// Removes copies that nobody can still need.
 fn clear(scratch: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(scratch)?;
-    for entry in std::fs::read_dir(scratch)? {
+    let entries = match std::fs::read_dir(scratch) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
         let entry = entry?;
         let age = SystemTime::now().duration_since(entry.metadata()?.modified()?).unwrap_or_default();
         if age > COPIES_LAST {
