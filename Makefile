@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-peers bench-peers sanitize openapi sbom clean-demo
+.PHONY: help demo test check check-peers check-recipes bench-peers sanitize openapi sbom clean-demo
 
 binary = $(or $(CARGO_TARGET_DIR),target)/release/secateur
 
@@ -29,11 +29,20 @@ check:
 	cargo fmt
 	cargo clippy --locked --all-targets -- -D warnings
 
-## make check-peers dashboard, metrics, webhooks, MLflow and the Python client against real peers: Chromium, Prometheus, PyPI's
+## make check-peers dashboard, metrics, webhooks, MLflow, traces, lineage, Hub, S3, several nodes and the Python client against real peers: Chromium, Prometheus, PyPI's
 check-peers:
 	scripts/install.sh cargo postgres python chromium prometheus peers
 	cargo build --locked
 	scripts/check_peers.sh $(or $(CARGO_TARGET_DIR),target)/debug/secateur
+
+## make check-recipes docs/RECIPES.md against wandb, kfp and Airflow, as far as they run on one machine
+check-recipes:
+	scripts/install.sh cargo postgres recipes
+	cargo build --locked
+	for venv in recipes airflow; do \
+	  "$${SECATEUR_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/secateur}/check-$$venv/bin/python" scripts/check_recipes.py \
+	    --binary $(or $(CARGO_TARGET_DIR),target)/debug/secateur || exit 1; \
+	done
 
 ## make bench-peers every stage against its peer in one run: an hour or two on a quiet machine; ARGS="--only step"
 bench-peers:

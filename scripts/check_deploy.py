@@ -34,6 +34,8 @@ GOOD = {
                    "tolerations": [{"key": "gpu", "operator": "Exists"}], "env": [{"name": "A", "value": "b"}],
                    "priorityClass": "low"},
     },
+    "bucket": {"store": {"s3": {"url": "s3://finished/team", "secret": "s3"}}},
+    "another S3": {"store": {"s3": {"url": "s3://finished", "endpoint": "http://minio:9000", "port": 9000, "proxy": True}}, "worker": {"mode": "pool"}},
     "nothing": {"worker": {"mode": "none"}, "networkPolicy": {"enabled": False}},
 }
 BAD = {
@@ -41,6 +43,7 @@ BAD = {
     "unknown mode": {"worker": {"mode": "fleet"}},
     "device": {"worker": {"device": "gpu"}},
     "no secret": {"database": {"secret": ""}},
+    "no bucket": {"store": {"s3": {"url": "finished"}}},
     "password in values": {"database": {"password": "x"}},
 }
 CUSTOM = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1"}

@@ -8,6 +8,7 @@ per job, with parameters, every measured value once, tags, and the report and pl
 """
 
 import argparse
+import hashlib
 import os
 import pathlib
 import signal
@@ -17,7 +18,7 @@ import tempfile
 import time
 import urllib.request
 
-from service import Service
+from service import Service, until
 
 PORT = 5917
 
@@ -83,17 +84,23 @@ def check(client, service, job, status):
     return points, files
 
 
-def until(what, holds, seconds=120):
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if holds():
-                return
-        except Exception as error:  # The server may be on its way up.
-            what = f"{what} ({error})"
-        if time.monotonic() > deadline:
-            raise SystemExit(f"after {seconds} s still not: {what}")
-        time.sleep(0.5)
+def versions(client, service, succeeded):
+    """Each job that succeeded is one version of the model, whose files are the checkpoint's."""
+    import mlflow
+
+    mlflow.set_tracking_uri(client.tracking_uri)
+    found = {v.run_id: v for v in client.search_model_versions("name='shears'")}
+    assert len(client.search_model_versions("name='shears'")) == len(found) == len(succeeded)
+    for job, run in succeeded.items():
+        version = found[run.info.run_id]
+        assert version.status == "READY" and version.tags["secateur.job_id"] == job, version
+        with tempfile.TemporaryDirectory() as directory:
+            here = pathlib.Path(mlflow.artifacts.download_artifacts(f"models:/shears/{version.version}", dst_path=directory))
+            files = {str(p.relative_to(here)): hashlib.sha256(p.read_bytes()).hexdigest() for p in here.rglob("*") if p.is_file()}
+        artifacts = {a["path"]: a["sha256"] for a in service.call(f"/v1/jobs/{job}/artifacts")["data"]}
+        best = "healed/" if "healed/config.json" in artifacts else "pruned/"
+        wanted = {path.removeprefix(best): sha for path, sha in artifacts.items() if path.startswith(best)}
+        assert {name: sha for name, sha in files.items() if name != "registered_model_meta"} == wanted, (files, wanted)
 
 
 def main():
@@ -102,12 +109,12 @@ def main():
     parser.add_argument("--model", help="a directory with a small model; one with random weights is made when absent")
     parser.add_argument("--mlflow", default=str(pathlib.Path(sys.executable).with_name("mlflow")))
     args = parser.parse_args()
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
+    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     from mlflow import MlflowClient
 
     server = Server(args.mlflow)
     server.start()
-    service = Service(args.binary, args.model, "--mlflow-url", server.url, "--sink-patience", "0.05")
+    service = Service(args.binary, args.model, "--mlflow-url", server.url, "--mlflow-model", "shears", "--sink-patience", "0.05")
     client = MlflowClient(server.url)
     labels = {"team": "nlp"}
     try:
@@ -133,16 +140,30 @@ def main():
         last = service.submit("after the kill", 30, labels=labels)
         assert service.wait(last) == "succeeded"
 
+        # A sweep: its jobs' runs hang from one run.
+        base = service.spec("base", 3, labels=labels)
+        del base["name"]
+        swept = service.call("/v1/sweeps", {"name": "how deep", "base": base, "axes": {"layers": {"from": 1, "to": 2, "step": 1}}})
+        children = [job["job_id"] for job in swept["jobs"]]
+        assert [service.wait(job) for job in children] == ["succeeded"] * 2
+
         jobs = [(first, "FINISHED"), (long, "KILLED"), *((job, "FINISHED") for job in away), (last, "FINISHED")]
         # What the killed service was trying is tried again when its claim is over, ten minutes at most.
-        until("all runs have ended", lambda: len([r for r in runs(client) if r.info.end_time]) == len(jobs), 900)
+        until("all runs have ended", lambda: len([r for r in runs(client) if r.info.end_time]) == len(jobs) + len(children) + 1, 900)
         counts = [check(client, service, job, status) for job, status in jobs]
-        assert len(runs(client)) == len(jobs), "a run too many"
+        all_runs = {r.data.tags.get("secateur.job_id"): r for r in runs(client)}
+        assert len(runs(client)) == len(all_runs) == len(jobs) + len(children) + 1, "a run too many"
+        parent = all_runs.pop(None)
+        assert (parent.info.run_name, parent.info.status, parent.data.tags["secateur.jobs.succeeded"]) == ("how deep", "FINISHED", "2")
+        below = {job for job, r in all_runs.items() if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+        assert below == set(children), below
+        succeeded = {job: r for job, r in all_runs.items() if r.info.status == "FINISHED"}
+        versions(client, service, succeeded)
     finally:
         server.kill()
         service.stop()
     points, files = (sum(column) for column in zip(*counts))
-    print(f"MLflow: {len(jobs)} jobs, {len(jobs)} runs, {points} measured values each once, {files} files byte for byte; server and "
+    print(f"MLflow: {len(jobs)} jobs, {len(jobs)} runs, a sweep of {len(children)} below one run, {len(succeeded)} versions of a model byte for byte, {points} measured values each once, {files} files byte for byte; server and "
           f"service were killed in between; two jobs beside a dead server took {took:.1f} s")
 
 

@@ -15,6 +15,7 @@ import time
 import urllib.request
 
 from browser import Browser
+from receiver import Receiver
 from service import KEY, Service
 
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
@@ -164,6 +165,63 @@ def sweep(walk, service):
     walk.look("sweep")
 
 
+def webhooks(walk, service):
+    """A receiver: refused, added, pinged, its secret shown once and made anew; what failed is sent again; gone."""
+    b, heard, answer = walk.browser, [], [200]
+
+    def take(_method, _path, headers, body):
+        heard.append((headers["webhook-id"], json.loads(body)["type"]))
+        return answer[0], b"said the receiver"
+
+    receiver = Receiver(take)
+    receiver.start()
+    try:
+        b.open("about:blank")
+        b.open(f"{service.url}/#/webhooks")
+        b.until("document.body.innerText.includes('There is no receiver yet')")
+        b.type("#url", "ftp://example.com/hook")
+        b.click_text("Add it")
+        b.until("document.querySelector('#url-wrong').innerText.includes('https://')")
+        assert b.run("document.activeElement.id") == "url", "the focus goes to what is wrong"
+        walk.look("webhooks")
+        b.type("#url", receiver.url + "/hook")
+        b.type("#description", HOSTILE)
+        b.click("input[value='job.succeeded']")
+        b.click_text("Add it")
+        b.until("document.querySelector('#secret')?.innerText.startsWith('whsec_')")
+        first = b.run("document.querySelector('#secret').innerText")
+        assert not b.run("window.hacked") and b.run("document.querySelector('.facts').innerText.includes('<script>')")
+        b.click_text("Ping")
+        b.until("document.querySelector('tbody .badge')?.innerText === 'delivered'", 30)
+        answer[0] = 500
+        b.click_text("Ping")
+        b.until("document.querySelector('tbody').innerText.includes('said the receiver')", 30)
+        walk.look("webhook")
+        answer[0] = 200
+        b.click_text("Send again")
+        b.until("[...document.querySelectorAll('tbody .badge')].every(b => b.innerText === 'delivered')", 30)
+        ids = [id for id, kind in heard if kind == "ping"]
+        assert len(ids) >= 3 and len(set(ids)) == 2, heard
+        b.click_text("New secret")
+        b.click_text("Make a new one", "dialog button")
+        b.until(f"![{json.dumps(first)}, undefined].includes(document.querySelector('#secret')?.innerText)")
+        b.until("document.querySelector('.facts').innerText.includes('two, for a day')")
+        job = service.submit("heard of", 0)
+        service.wait(job)
+        b.until("document.querySelector('tbody').innerText.includes('job.succeeded')", 30)
+        assert b.run(f"!!document.querySelector(\"tbody a[href='#/jobs/{job}']\")")
+        b.open("about:blank")
+        b.open(f"{service.url}/#/webhooks")
+        b.click_text(receiver.url + "/hook", "a")
+        b.until("!!document.querySelector('tbody .badge')")
+        assert not b.run("!!document.querySelector('#secret')"), "a secret is shown once"
+        b.click_text("Delete")
+        b.click_text("Delete it", "dialog button")
+        b.until("document.body.innerText.includes('There is no receiver yet')")
+    finally:
+        receiver.stop()
+
+
 def keyboard(walk, url):
     """The first stop is the link that skips to the content; every stop shows where it is."""
     b = walk.browser
@@ -175,7 +233,7 @@ def keyboard(walk, url):
     b.press("Enter")
     b.until("document.activeElement.id === 'main'")
     stops = []
-    for _ in range(12):
+    for _ in range(14):
         b.press("Tab")
         stops.append(b.run("document.activeElement.textContent.trim()"))
     assert any("New job" in stop for stop in stops) and "failed" in stops, stops
@@ -208,7 +266,8 @@ def main():
     if args.shots:
         args.shots.mkdir(parents=True, exist_ok=True)
     axe = args.axe.read_text() if args.axe else None
-    free, closed = Service(args.binary, args.model), Service(args.binary, args.model, locked=True)
+    free = Service(args.binary, args.model, "--webhooks-inside")
+    closed = Service(args.binary, args.model, locked=True)
     try:
         with Browser() as browser:
             walk = Walk(browser, args.shots, axe)
@@ -218,6 +277,7 @@ def main():
             change_of_mind(walk, free)
             hostile(walk, free)
             sweep(walk, free)
+            webhooks(walk, free)
             keyboard(walk, free.url)
             locked(walk, closed)
             job = closed.submit("locked away")
@@ -237,7 +297,7 @@ def main():
     if walk.faults:
         raise SystemExit(1)
     print("the page works: submitted, watched, downloaded, paused, resumed, cancelled, tried again, deleted; "
-          "locked and unlocked; hostile names; a sweep; keyboard" + ("; axe finds nothing" if axe else ""))
+          "locked and unlocked; hostile names; a sweep; a receiver of webhooks; keyboard" + ("; axe finds nothing" if axe else ""))
 
 
 if __name__ == "__main__":

@@ -9,52 +9,31 @@ of every job has come, each message with one body, each signed.
 
 import argparse
 import collections
-import http.server
 import json
 import pathlib
-import threading
 import time
 
-from service import Service
+from receiver import Receiver
+from service import Service, until
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 
-class Receiver:
-    """Verifies what comes and keeps it; may be stopped and started at the same port."""
+class Verifier(Receiver):
+    """Verifies what comes and keeps it."""
 
     def __init__(self):
-        self.secrets, self.port, self.bodies, self.wrong = [], 0, collections.defaultdict(list), 0
+        super().__init__(self.verify)
+        self.secrets, self.bodies, self.wrong = [], collections.defaultdict(list), 0
 
-    def start(self):
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(200 if outer.take(dict(self.headers.items()), body) else 401)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def stop(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def take(self, headers, body):
-        headers = {name.lower(): value for name, value in headers.items()}
+    def verify(self, _method, _path, headers, body):
         for secret in self.secrets:
             try:
                 Webhook(secret).verify(body, headers)
             except WebhookVerificationError:
                 self.wrong += 1
-                return False
+                return 401, b""
         self.bodies[headers["webhook-id"]].append(body)
-        return True
+        return 200, b""
 
     def states(self):
         """States by job, from messages that are each counted once."""
@@ -67,20 +46,12 @@ class Receiver:
         return found
 
 
-def until(what, holds, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"after {seconds} s still not: {what}")
-        time.sleep(0.2)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", default="target/debug/secateur")
     parser.add_argument("--model", help="a directory with a small model; one with random weights is made when absent")
     args = parser.parse_args()
-    receiver = Receiver()
+    receiver = Verifier()
     receiver.start()
     service = Service(args.binary, args.model, "--webhooks-inside", "--sink-patience", "0.05")
     try:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing on a fresh Debian machine, and nothing that is there already.
-#   scripts/install.sh [cargo] [postgres] [python] [rust-components] [cargo-deny] [emulators] [chromium] [prometheus] [peers]
+#   scripts/install.sh [cargo] [postgres] [python] [rust-components] [cargo-deny] [emulators] [chromium] [prometheus] [peers] [recipes]
 set -euo pipefail
 
 cargo_deny_version=0.20.2
@@ -79,10 +79,24 @@ need_prometheus() { command -v promtool >/dev/null || apt_install prometheus; }
 need_peers() {
   need_python
   local venv=$cache/check-peers
-  [ -x "$venv/bin/mlflow" ] && return
+  local packages=(mlflow standardwebhooks grafana-foundation-sdk httpx pydantic opentelemetry-proto openlineage-python huggingface_hub 'moto[server]' boto3)
+  [ "$(cat "$venv/packages" 2>/dev/null)" = "${packages[*]}" ] && return
   say "pip install mlflow and others into $venv"
   python3 -m venv "$venv"
-  "$venv/bin/pip" install --quiet mlflow standardwebhooks grafana-foundation-sdk httpx pydantic
+  "$venv/bin/pip" install --quiet "${packages[@]}"
+  echo "${packages[*]}" > "$venv/packages"
+}
+
+# What recipes are tried with; Airflow wants versions of its own.
+need_recipes() {
+  need_python
+  local venv
+  for venv in recipes airflow; do
+    [ -x "$cache/check-$venv/bin/python" ] || python3 -m venv "$cache/check-$venv"
+  done
+  say "pip install wandb, kfp and apache-airflow into $cache"
+  "$cache/check-recipes/bin/pip" install --quiet wandb kfp pyyaml httpx pydantic
+  "$cache/check-airflow/bin/pip" install --quiet apache-airflow
 }
 
 for what in "$@"; do
@@ -96,6 +110,7 @@ for what in "$@"; do
     chromium) need_chromium ;;
     prometheus) need_prometheus ;;
     peers) need_peers ;;
+    recipes) need_recipes ;;
     *) die "unknown: $what" ;;
   esac
 done

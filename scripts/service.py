@@ -16,6 +16,20 @@ KEY = "sct_abcd1234_0123456789abcdef01234567"
 ENDED = ["succeeded", "failed", "cancelled"]
 
 
+def until(what, holds, seconds=120):
+    """Waits until `holds()`. Whoever is asked may still be on its way up: errors are no answer yet."""
+    deadline, why = time.monotonic() + seconds, ""
+    while True:
+        try:
+            if holds():
+                return
+        except Exception as error:
+            why = f" ({error})"
+        if time.monotonic() > deadline:
+            raise SystemExit(f"after {seconds} s still not: {what}{why}")
+        time.sleep(0.2)
+
+
 class Service:
     def __init__(self, binary, model, *flags, locked=False):
         self.home = tempfile.TemporaryDirectory(prefix="secateur-check-")

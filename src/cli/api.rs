@@ -32,7 +32,7 @@ async fn serve(args: &Args) -> anyhow::Result<()> {
     let database = options::connect(args.database.required()?).await?;
     database.migrate().await?;
     let door = args.serve.open(&data, &database).await?;
-    let store = args.data.store(&data)?;
+    let store = args.data.store(&data).await?;
     let background = CancellationToken::new();
     let mut tasks = JoinSet::new();
     tasks.spawn(up::serve(door, database.clone(), store, shutdown.clone(), background.clone()));

@@ -159,7 +159,24 @@ fn kept(args: &Args) -> Vec<Finding> {
         Ok(data) => data,
         Err(error) => return vec![finding("data", Health::Bad, format!("{error:#}"))],
     };
-    vec![directory(&data), database(args, &data)]
+    let mut kept = vec![directory(&data), database(args, &data)];
+    kept.extend(bucket(args, &data));
+    kept
+}
+
+/// The bucket that keeps finished files, where one is named.
+#[cfg(feature = "service")]
+fn bucket(args: &Args, data: &Path) -> Option<Finding> {
+    const ABOUT: &str = "store";
+    let url = args.data.store_url()?;
+    let opened = super::options::runtime().and_then(|runtime| runtime.block_on(args.data.store(data)));
+    Some(match opened {
+        Ok(_) => finding(ABOUT, Health::Good, format!("{url} answers")),
+        Err(error) => {
+            let advice = "look at --store-url, AWS_ENDPOINT_URL, AWS_REGION and the credentials";
+            finding(ABOUT, Health::Bad, format!("{error:#}; {advice}"))
+        }
+    })
 }
 
 #[cfg(not(feature = "service"))]

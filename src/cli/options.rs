@@ -14,8 +14,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::service::db::Database;
 use crate::service::http::ApiKey;
 use crate::service::local_pg::LocalPg;
-use crate::service::sinks::{self, Mlflow, Reach};
-use crate::service::store::Store;
+use crate::service::sinks::{self, Hub, Lineage, Mlflow, Reach, Sink, Traces};
+use crate::service::store::{Bucket, Store};
 use crate::worker::{Settings, Shutdown};
 
 /// A request or a worker waits at most this long for a connection.
@@ -60,6 +60,13 @@ pub struct DataArgs {
     /// when API and workers run on several machines.
     #[arg(long, env = "SECATEUR_STORE_DIR", value_name = "DIR")]
     store_dir: Option<PathBuf>,
+    /// Keep finished files and uploads in a bucket of S3 instead, such as `s3://bucket/prefix`. Credentials, region and endpoint
+    /// come from the variables of AWS's own tools: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`.
+    #[arg(long, env = "SECATEUR_STORE_URL", value_name = "URL")]
+    store_url: Option<String>,
+    /// Send files of the bucket through the API, where clients cannot reach the bucket themselves.
+    #[arg(long, env = "SECATEUR_STORE_PROXY", requires = "store_url")]
+    store_proxy: bool,
 }
 
 impl DataArgs {
@@ -80,8 +87,18 @@ impl DataArgs {
         made.with_context(|| format!("cannot use the data directory {}", directory.display()))
     }
 
+    /// The bucket that keeps finished files, where one is named.
+    pub fn store_url(&self) -> Option<&str> {
+        self.store_url.as_deref()
+    }
+
     /// The store of finished files, for this data directory.
-    pub fn store(&self, data: &Path) -> anyhow::Result<Store> {
+    pub async fn store(&self, data: &Path) -> anyhow::Result<Store> {
+        if let Some(url) = &self.store_url {
+            let bucket = Bucket::open(url, data.join("copies"), !self.store_proxy)?;
+            bucket.check().await.with_context(|| format!("cannot use the store {url}"))?;
+            return Ok(Store::Bucket(bucket));
+        }
         let directory = self.store_dir.clone().unwrap_or_else(|| data.join("store"));
         Store::open(&directory).with_context(|| format!("cannot open the store {}", directory.display()))
     }
@@ -145,6 +162,7 @@ impl KeyArgs {
 }
 
 #[derive(clap::Args)]
+#[command(after_help = "Traces of jobs go to OTEL_EXPORTER_OTLP_ENDPOINT (http/protobuf) where that is set.")]
 pub struct SinkArgs {
     /// Webhooks may go to this machine and private networks, at any port, without TLS.
     #[arg(long, env = "SECATEUR_WEBHOOKS_INSIDE")]
@@ -156,6 +174,19 @@ pub struct SinkArgs {
     /// The experiment whose runs they are.
     #[arg(long, env = "SECATEUR_MLFLOW_EXPERIMENT", default_value = "secateur", value_name = "NAME")]
     mlflow_experiment: String,
+    /// A registered model there: the checkpoint of each job becomes a version of it, and its files go over, too.
+    #[arg(long, env = "SECATEUR_MLFLOW_MODEL", value_name = "NAME", requires = "mlflow_url")]
+    mlflow_model: Option<String>,
+    /// A receiver of `OpenLineage` events, such as `http://127.0.0.1:5000/api/v1/lineage`; `OPENLINEAGE_API_KEY` opens it.
+    #[arg(long, env = "SECATEUR_OPENLINEAGE_URL", value_name = "URL")]
+    openlineage_url: Option<String>,
+    /// The namespace of jobs and of what they leave there.
+    #[arg(long, env = "SECATEUR_OPENLINEAGE_NAMESPACE", default_value = "secateur", value_name = "NAME")]
+    openlineage_namespace: String,
+    /// A user or an organisation of the Hugging Face Hub whose repositories jobs may name in `publish`; give it again for
+    /// another. `HF_TOKEN`, or the file that `HF_TOKEN_PATH` names, must be allowed to write there; `HF_ENDPOINT` is another Hub.
+    #[arg(long = "publish-to", value_name = "OWNER")]
+    publish_to: Vec<String>,
     /// Multiplies the waits before another try to deliver.
     #[arg(long, hide = true, env = "SECATEUR_SINK_PATIENCE", default_value_t = 1.0)]
     sink_patience: f64,
@@ -164,18 +195,51 @@ pub struct SinkArgs {
 impl SinkArgs {
     pub fn settings(&self) -> anyhow::Result<sinks::Settings> {
         let reach = if self.webhooks_inside { Reach::Private } else { Reach::Public };
-        let mlflow = self.mlflow_url.as_ref().map(|url| {
-            Reach::Private.check(url).map_err(|e| anyhow::anyhow!("--mlflow-url {e}"))?;
-            let (url, experiment) = (url.clone(), self.mlflow_experiment.clone());
-            anyhow::Ok(Mlflow { url, experiment, authorization: mlflow_authorization() })
+        let named = |flag: &str, url: &Option<String>| match url {
+            Some(url) => match Reach::Private.check(url) {
+                Ok(()) => Ok(Some(url.clone())),
+                Err(e) => Err(anyhow::anyhow!("{flag} {e}")),
+            },
+            None => Ok(None),
+        };
+        let mlflow = named("--mlflow-url", &self.mlflow_url)?.map(|url| {
+            let experiment = self.mlflow_experiment.clone();
+            let (model, authorization) = (self.mlflow_model.clone(), mlflow_authorization());
+            Sink::Mlflow(Mlflow { url, experiment, model, authorization })
         });
-        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), mlflow: mlflow.transpose()? })
+        let lineage = named("--openlineage-url", &self.openlineage_url)?.map(|url| {
+            let authorization = set("OPENLINEAGE_API_KEY").map(|key| format!("Bearer {key}"));
+            Sink::Lineage(Lineage { url, namespace: self.openlineage_namespace.clone(), authorization })
+        });
+        let traces = Traces::from_variables(set).map_err(anyhow::Error::msg)?.map(Sink::Traces);
+        let hub = if self.publish_to.is_empty() { None } else { Some(Sink::Hub(self.hub()?)) };
+        let named = [mlflow, traces, lineage, hub].into_iter().flatten().collect();
+        Ok(sinks::Settings { reach, patience: self.sink_patience.max(0.0), named })
     }
+
+    fn hub(&self) -> anyhow::Result<Hub> {
+        let token = match (set("HF_TOKEN"), set("HF_TOKEN_PATH")) {
+            (Some(token), _) => token,
+            (None, Some(file)) => {
+                std::fs::read_to_string(&file).with_context(|| format!("cannot read HF_TOKEN_PATH {file}"))?
+            }
+            (None, None) => anyhow::bail!(
+                "--publish-to needs a token that may write there: set HF_TOKEN or HF_TOKEN_PATH"
+            ),
+        };
+        let url = set("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+        Reach::Private.check(&url).map_err(|e| anyhow::anyhow!("HF_ENDPOINT {e}"))?;
+        Ok(Hub { url, token: token.trim().to_owned(), namespaces: self.publish_to.clone() })
+    }
+}
+
+/// A variable that says something.
+fn set(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// By the variables that `MLflow`'s own clients read.
 fn mlflow_authorization() -> Option<String> {
-    let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     if let Some(token) = set("MLFLOW_TRACKING_TOKEN") {
         return Some(format!("Bearer {token}"));
     }

@@ -84,7 +84,7 @@ async fn work_and_serve(
     let database = options::connect(address).await?;
     database.migrate().await?;
     let door = args.serve.open(data, &database).await?;
-    let store = args.data.store(data)?;
+    let store = args.data.store(data).await?;
     let settings = args.work.settings(data)?;
     let devices = args.work.devices.clone();
     // Lives until all the others are done: they need the database to end in order.
@@ -160,10 +160,12 @@ pub async fn serve(
     tokio::spawn(async move { listening.listen(background).await });
     let Door { listener, seal, sinks, roots, locked } = door;
     let reach = sinks.reach;
+    let publish_to = sinks.publish_to().into();
     let (told, files) = (database.clone(), store.clone());
     let drain = Drain { database: told, store: files, seal: seal.clone(), settings: sinks };
     tokio::spawn(drain.serve(shutdown.drain.clone()));
-    let state = AppState { database, store, seal, reach, roots, locked, shutdown: shutdown.drain };
+    let state =
+        AppState { database, store, seal, reach, publish_to, roots, locked, shutdown: shutdown.drain };
     let address = listener.local_addr()?;
     println!("listening on http://{address}");
     tracing::info!(%address, "ready");

@@ -47,7 +47,7 @@ async fn work(args: &Args) -> anyhow::Result<ExitCode> {
     let shutdown = options::shutdown_on_signals()?;
     let data = args.data.directory()?;
     let database = options::connect(args.database.required()?).await?;
-    let store = args.data.store(&data)?;
+    let store = args.data.store(&data).await?;
     let settings = args.work.settings(&data)?;
     let background = CancellationToken::new();
     let listening = database.clone();

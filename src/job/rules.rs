@@ -37,6 +37,12 @@ impl JobSpec {
         for (i, kind) in gguf.iter().enumerate().filter(|(i, kind)| gguf[..*i].contains(kind)) {
             out.add(&format!("/export/gguf/{i}"), format!("`{}` is there already", kind.name()));
         }
+        if let Some(publish) = &self.publish {
+            check_repo(&publish.repo, "main", "/publish", &mut out);
+            if !publish.repo.contains('/') {
+                out.add("/publish/repo", "must look like owner/name");
+            }
+        }
         out.0
     }
 

@@ -42,6 +42,9 @@ pub struct JobSpec {
     pub eval: EvalSpec,
     #[serde(default)]
     pub export: ExportSpec,
+    /// Bring the result to the Hugging Face Hub once the job has succeeded: the service does, `secateur run` does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publish: Option<PublishSpec>,
     /// Seeds everything that is drawn at random: same seed, same bytes.
     #[serde(default)]
     pub seed: u64,
@@ -310,6 +313,22 @@ pub struct ExportSpec {
     /// Write the result as GGUF files for llama.cpp too, one of each type, and measure each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gguf: Vec<GgufType>,
+}
+
+/// Where the checkpoint goes on the Hugging Face Hub, with its model card, as one commit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishSpec {
+    /// `owner/name`; made when it is not there. The service must have been started with `--publish-to` this owner.
+    #[schema(example = "my-team/smollm2-24-layers")]
+    pub repo: String,
+    /// Only its owner sees a repository that is made; one that is there stays as it is.
+    #[serde(default = "yes")]
+    pub private: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// Types of GGUF files. As in llama.cpp, norms and biases stay float32, a quantised file keeps its head in 6 or 8 bits,

@@ -97,6 +97,11 @@ impl SweepSpec {
             return Err(complaints);
         }
         let children = spec.children();
+        if children.iter().any(|child| child.spec.publish.is_some()) {
+            let message =
+                "the jobs of a sweep would replace each other there; publish the one that you choose";
+            return Err(vec![Complaint { pointer: "/base/publish".into(), message: message.into() }]);
+        }
         let mut said = BTreeSet::new();
         let of_child = |child: &Child| {
             let complaint = |c: Complaint| Complaint { pointer: format!("/base{}", c.pointer), ..c };

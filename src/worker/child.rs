@@ -32,6 +32,18 @@ const STOPPED: i32 = 128 + 15;
 /// Exit code for a bad spec.
 const BAD_SPEC: i32 = 2;
 
+/// What opens the database, the API, the store and receivers of messages.
+const SECRETS: [&str; 8] = [
+    "DATABASE_URL",
+    "SECATEUR_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "OPENLINEAGE_API_KEY",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+];
+
 /// How an attempt ended.
 #[derive(Debug)]
 pub enum Outcome {
@@ -90,10 +102,19 @@ pub async fn run(worker: &Worker, keeper: &Keeper, lease: Lease, spec: &[u8], wo
     classify(end, lost.is_cancelled(), failure, &words)
 }
 
-fn spawn(worker: &Worker, workspace: &Path, records: &Path) -> io::Result<Child> {
+/// The program of an attempt, without what is none of its business.
+fn command(worker: &Worker) -> io::Result<Command> {
     let (program, words) = worker.settings.program.split_first().ok_or(io::ErrorKind::InvalidInput)?;
-    Command::new(program)
-        .args(words)
+    let mut command = Command::new(program);
+    command.args(words);
+    for name in SECRETS {
+        command.env_remove(name);
+    }
+    Ok(command)
+}
+
+fn spawn(worker: &Worker, workspace: &Path, records: &Path) -> io::Result<Child> {
+    command(worker)?
         .args(["run", "-", "--events", "jsonl", "--device", &worker.device, "--records"])
         .arg(records)
         .arg("--workspace")
@@ -101,8 +122,6 @@ fn spawn(worker: &Worker, workspace: &Path, records: &Path) -> io::Result<Child>
         .args(&worker.settings.flags)
         // It ends itself when this process is gone: nobody would hear it.
         .env("SECATEUR_SUPERVISOR_PID", std::process::id().to_string())
-        .env_remove("DATABASE_URL")
-        .env_remove("SECATEUR_API_KEY")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -117,13 +136,9 @@ fn spawn(worker: &Worker, workspace: &Path, records: &Path) -> io::Result<Child>
 /// # Errors
 /// When it cannot be started, fails, or says something else.
 pub async fn measure(worker: &Worker) -> io::Result<Machine> {
-    let (program, words) = worker.settings.program.split_first().ok_or(io::ErrorKind::InvalidInput)?;
-    let output = Command::new(program)
-        .args(words)
+    let output = command(worker)?
         .args(["measure", "--device", &worker.device])
         .args(&worker.settings.flags)
-        .env_remove("DATABASE_URL")
-        .env_remove("SECATEUR_API_KEY")
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()

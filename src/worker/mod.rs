@@ -364,7 +364,7 @@ impl Worker {
             steward::inherit(&workspace.with_file_name(before.to_string()), workspace).map_err(storage)?;
         }
         std::fs::create_dir_all(workspace).map_err(storage)?;
-        let spec = product::resolve(&self.database, &self.store, job).await?;
+        let spec = product::resolve(&self.database, &self.store, job, workspace).await?;
         Ok(serde_json::to_vec(&spec).expect("a spec is JSON. This is a bug."))
     }
 

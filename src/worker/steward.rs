@@ -185,11 +185,10 @@ impl Steward {
     async fn sweep_uploads(&self) -> Result<(), Error> {
         self.database.forget_stale_uploads().await?;
         // The row comes before the file: a file that is seen here and has no row is nobody's.
-        let store = self.store.clone();
-        let Ok(Ok(ids)) = tokio::task::spawn_blocking(move || store.uploads()).await else { return Ok(()) };
+        let Some(ids) = listed(self.store.uploads().await) else { return Ok(()) };
         let wanted = self.database.uploads_wanted(&ids).await?;
         for id in ids.into_iter().filter(|id| !wanted.contains(id)) {
-            if let Err(error) = self.store.remove(&upload_prefix(id)) {
+            if let Err(error) = self.store.remove(&upload_prefix(id)).await {
                 tracing::warn!(%error, upload = %id, "the file of an upload is not removed");
             }
         }
@@ -199,10 +198,11 @@ impl Steward {
     /// Removes workspaces nobody goes on in, stored files no commit names, and requests that are forgotten.
     async fn sweep(&self) -> Result<(), Error> {
         let work = self.settings.data.join("work");
-        let (store, at) = (self.store.clone(), work.clone());
-        let listed =
-            tokio::task::spawn_blocking(move || (workspaces(&at), store.epochs().unwrap_or_default()));
-        let Ok((workspaces, epochs)) = listed.await else { return Ok(()) };
+        let at = work.clone();
+        let Ok(workspaces) = tokio::task::spawn_blocking(move || workspaces(&at)).await else {
+            return Ok(());
+        };
+        let epochs = listed(self.store.epochs().await).unwrap_or_default();
         self.database.forget_old_requests().await?;
         let (data, keep) = (self.settings.data.clone(), self.settings.keep_records);
         let swept = tokio::task::spawn_blocking(move || sweep_records(&data, keep)).await;
@@ -217,12 +217,17 @@ impl Steward {
         let wanted = self.database.epochs_wanted(&epochs).await?;
         for (job, epoch) in epochs.into_iter().filter(|e| !wanted.contains(e)) {
             tracing::info!(%job, epoch, "removing files of an attempt that did not count");
-            if let Err(error) = self.store.remove(&epoch_prefix(job, epoch)) {
+            if let Err(error) = self.store.remove(&epoch_prefix(job, epoch)).await {
                 tracing::warn!(%error, %job, epoch, "files not removed");
             }
         }
         Ok(())
     }
+}
+
+/// What the store holds; nothing when it does not answer now.
+fn listed<T>(found: io::Result<T>) -> Option<T> {
+    found.inspect_err(|error| tracing::warn!(%error, "the store is not swept")).ok()
 }
 
 fn workspaces(work: &PathBuf) -> Vec<Uuid> {

@@ -211,7 +211,7 @@ async fn a_file_that_was_lost_or_cut_is_our_failure_and_is_not_served() {
         .await
         .unwrap()
         .unwrap();
-    let file = app.store.path(&row.location).unwrap();
+    let file = app.store.local(&row.location, 0).await.unwrap().path.clone();
     std::fs::write(&file, b"{").unwrap();
     problem(app.get(&format!("{path}/profile.json")).send().await.unwrap(), 500, "internal").await;
     std::fs::remove_file(&file).unwrap();

@@ -76,7 +76,7 @@ async fn a_bundle_whose_file_is_damaged_breaks_off_and_is_not_taken_for_whole() 
     let job = id.parse().unwrap();
     let tenant = secateur::service::db::Tenant::DEFAULT;
     let row = app.database.artifact(tenant, job, "healed/model.safetensors").await.unwrap().unwrap();
-    let file = app.store.path(&row.location).unwrap();
+    let file = app.store.local(&row.location, 0).await.unwrap().path.clone();
     std::fs::remove_file(&file).unwrap();
     std::fs::write(&file, b"short").unwrap();
     // It may break off before the first bytes have left.

@@ -161,10 +161,10 @@ async fn a_finished_job_changes_no_more_and_only_a_finished_job_is_deleted() {
         assert!(body["detail"].as_str().unwrap().contains("succeeded"), "{body}");
     }
     let file = app.database.artifact(lease.tenant, id, "a.txt").await.unwrap().unwrap();
-    assert!(app.store.path(&file.location).is_ok());
+    assert!(app.store.local(&file.location, 0).await.is_ok());
     let gone = app.client.delete(format!("{}{path}", app.url)).send().await.unwrap();
     assert_eq!(gone.status(), 204);
-    assert!(app.store.path(&file.location).is_err(), "its files went with it");
+    assert!(app.store.local(&file.location, 0).await.is_err(), "its files went with it");
     problem(app.get(&path).send().await.unwrap(), 410, "job-deleted").await;
 }
 

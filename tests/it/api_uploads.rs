@@ -70,7 +70,7 @@ async fn a_text_brought_in_parts_side_by_side_is_whole_and_a_job_may_name_it() {
     let row = app.database.upload(Tenant::DEFAULT, upload["id"].as_str().unwrap().parse().unwrap()).await;
     let row = row.unwrap().unwrap();
     assert!(row.location.ends_with("/corpus.txt"), "nothing of the caller's words: {}", row.location);
-    assert_eq!(std::fs::read(app.store.path(&row.location).unwrap()).unwrap(), bytes);
+    assert_eq!(app.store.bytes(&row.location, row.size_bytes as u64).await.unwrap(), bytes);
 
     let job = app.post("/v1/jobs").json(&spec).send().await.unwrap();
     assert_eq!(job.status(), 201);
@@ -80,7 +80,7 @@ async fn a_text_brought_in_parts_side_by_side_is_whole_and_a_job_may_name_it() {
     assert!(body["detail"].as_str().unwrap().contains(job["id"].as_str().unwrap()), "{body}");
     app.post(&format!("/v1/jobs/{}/cancel", job["id"].as_str().unwrap())).send().await.unwrap();
     assert_eq!(delete().await.unwrap().status(), 204);
-    assert!(app.store.path(&row.location).is_err(), "its file went with it");
+    assert!(app.store.local(&row.location, 0).await.is_err(), "its file went with it");
     problem(delete().await.unwrap(), 404, "upload-not-found").await;
 }
 

@@ -25,6 +25,8 @@ mod api_sweeps;
 mod api_uploads;
 #[cfg(feature = "engine")]
 mod bad_input;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod bucket;
 #[cfg(feature = "engine")]
 mod budget;
 #[cfg(feature = "engine")]
@@ -60,6 +62,8 @@ mod items;
 mod jobs_command;
 #[cfg(feature = "service")]
 mod leases;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod lineage;
 #[cfg(feature = "service")]
 mod local_pg;
 #[cfg(feature = "engine")]
@@ -78,6 +82,8 @@ mod plan;
 mod profile;
 #[cfg(feature = "engine")]
 mod prune;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod publish;
 #[cfg(feature = "engine")]
 mod race;
 #[cfg(feature = "engine")]
@@ -97,6 +103,8 @@ mod sweep;
 mod tidy;
 #[cfg(feature = "engine")]
 mod tiny;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod traces;
 #[cfg(feature = "engine")]
 mod verdict;
 #[cfg(all(feature = "engine", feature = "service"))]

@@ -4,15 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::Router;
-use axum::body::Bytes;
 use axum::http::{Method, StatusCode, Uri};
 use secateur::job::progress::{Event, Stage};
-use secateur::service::seal::Seal;
-use secateur::service::sinks::{Drain, Mlflow, Reach, Settings};
+use secateur::service::sinks::{Mlflow, Reach, Sink};
 use serde_json::{Value, json};
 
-use crate::support::app::App;
+use crate::support::app::{App, receive};
 
 /// What the server holds, by run.
 #[derive(Debug, Clone, Default)]
@@ -33,6 +30,9 @@ struct Held {
     experiment: Option<String>,
     /// Calls to refuse before any is taken.
     refuse: u32,
+    models: Vec<Value>,
+    /// The next version of a model is made, and its answer gets lost.
+    lose_answer: bool,
 }
 
 #[derive(Clone, Default)]
@@ -40,15 +40,8 @@ struct Server(Arc<Mutex<Held>>);
 
 impl Server {
     async fn start(&self) -> String {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
         let this = self.clone();
-        let routes = Router::new().fallback(async move |method: Method, uri: Uri, body: Bytes| {
-            let (status, body) = this.answer(&method, &uri, &body);
-            (status, body.to_string())
-        });
-        tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
-        url
+        receive(move |method, uri, _, body| this.answer(method, uri, body)).await
     }
 
     fn answer(&self, method: &Method, uri: &Uri, body: &[u8]) -> (StatusCode, Value) {
@@ -77,7 +70,10 @@ impl Server {
             "runs/search" => {
                 let wanted = sent["filter"].as_str().unwrap();
                 let has = |run: &Run| {
-                    wanted == format!("tags.`secateur.job_id` = '{}'", run.tags["secateur.job_id"])
+                    let by = |key: &str| {
+                        run.tags.get(key).is_some_and(|id| wanted == format!("tags.`{key}` = '{id}'"))
+                    };
+                    by("secateur.job_id") || by("secateur.sweep_id")
                 };
                 json!({"runs": held.runs.iter().position(has).map(|i| json!({"info": {"run_id": i.to_string()}})).into_iter().collect::<Vec<_>>()})
             }
@@ -95,6 +91,25 @@ impl Server {
                 let run = &mut held.runs[sent["run_id"].as_str().unwrap().parse::<usize>().unwrap()];
                 log(run, &sent);
                 json!({})
+            }
+            "registered-models/create" if !held.models.is_empty() => {
+                return (StatusCode::BAD_REQUEST, json!({"error_code": "RESOURCE_ALREADY_EXISTS"}));
+            }
+            "registered-models/create" => json!({"registered_model": {"name": sent["name"]}}),
+            "model-versions/search" => {
+                let filter = uri.query().unwrap().strip_prefix("filter=run_id%3D%27").unwrap();
+                let of_run = |model: &&Value| model["run_id"].as_str() == filter.strip_suffix("%27");
+                json!({"model_versions": held.models.iter().filter(of_run).collect::<Vec<_>>()})
+            }
+            "model-versions/create" => {
+                let version = json!((held.models.len() + 1).to_string());
+                let mut made = sent.clone();
+                made["version"] = version;
+                held.models.push(made.clone());
+                if std::mem::take(&mut held.lose_answer) {
+                    return (StatusCode::BAD_GATEWAY, json!({}));
+                }
+                json!({"model_version": made})
             }
             other => panic!("{other}"),
         };
@@ -134,11 +149,10 @@ fn log(run: &mut Run, sent: &Value) {
     }
 }
 
-fn drain(app: &App, url: String) {
-    let mlflow = Mlflow { url, experiment: "pruning".into(), authorization: None };
-    let settings = Settings { reach: Reach::Public, patience: 0.001, mlflow: Some(mlflow) };
-    let (database, store, seal) = (app.database.clone(), app.store.clone(), Seal::with(&[7; 32]));
-    tokio::spawn(Drain { database, store, seal, settings }.serve(app.shutdown.clone()));
+fn drain(app: &App, url: String, model: Option<&str>) {
+    let model = model.map(String::from);
+    let mlflow = Mlflow { url, experiment: "pruning".into(), model, authorization: None };
+    app.drain(Reach::Public, vec![Sink::Mlflow(mlflow)]);
 }
 
 #[tokio::test]
@@ -147,7 +161,7 @@ async fn each_job_has_one_run_with_everything_once_though_the_server_was_away() 
     let server = Server::default();
     server.0.lock().unwrap().refuse = 9;
     app.database.sink_seen("mlflow").await.unwrap();
-    drain(&app, server.start().await);
+    drain(&app, server.start().await, None);
     for name in ["one", "two"] {
         app.enqueue(name).await;
         let lease = app.claim().await;
@@ -201,6 +215,53 @@ async fn each_job_has_one_run_with_everything_once_though_the_server_was_away() 
         );
     }
     assert_eq!(server.0.lock().unwrap().experiment.as_deref(), Some("pruning"));
+}
+
+#[tokio::test]
+async fn the_jobs_of_a_sweep_hang_from_one_run_and_each_checkpoint_is_one_version_of_the_model() {
+    let app = App::start().await;
+    let server = Server::default();
+    server.0.lock().unwrap().lose_answer = true;
+    app.database.sink_seen("mlflow").await.unwrap();
+    drain(&app, server.start().await, Some("shears"));
+    let sweep =
+        json!({"name": "how deep", "base": app.spec(6), "axes": {"layers": {"from": 1, "to": 2, "step": 1}}});
+    let made = app.post("/v1/sweeps").json(&sweep).send().await.unwrap();
+    assert_eq!(made.status(), 201);
+    for _ in 0..2 {
+        let files: [(&str, &[u8]); 4] = [
+            ("report.json", b"{}"),
+            ("healed/config.json", b"{}"),
+            ("healed/model.safetensors", b"healed"),
+            ("pruned/config.json", b"{}"),
+        ];
+        app.finish(app.claim().await, &files).await;
+    }
+    let done = |runs: &[Run]| runs.len() == 3 && runs.iter().all(|run| run.status == "FINISHED" && run.ended);
+    server.until("three runs that are finished", done).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let runs = server.runs();
+    assert!(done(&runs), "{runs:#?}");
+    let parent = runs.iter().position(|run| run.tags.contains_key("secateur.sweep_id")).unwrap();
+    assert_eq!(runs[parent].name, "how deep");
+    assert_eq!(runs[parent].tags["secateur.jobs.succeeded"], "2");
+    let children = runs.iter().filter(|run| run.tags.get("mlflow.parentRunId") == Some(&parent.to_string()));
+    assert_eq!(children.clone().count(), 2);
+    for run in children {
+        let files: Vec<&str> = run.files.keys().map(String::as_str).collect();
+        assert_eq!(files, ["checkpoint/config.json", "checkpoint/model.safetensors", "report.json"]);
+        assert_eq!(run.files["checkpoint/model.safetensors"], b"healed");
+    }
+    let models = server.0.lock().unwrap().models.clone();
+    let sources: BTreeSet<_> =
+        models.iter().map(|model| model["source"].as_str().unwrap().to_owned()).collect();
+    let wanted = |run: usize| format!("mlflow-artifacts:/1/{run}/artifacts/checkpoint");
+    assert_eq!(
+        sources,
+        (0..3).filter(|run| *run != parent).map(wanted).collect(),
+        "one version each: {models:?}"
+    );
+    assert_eq!(models.len(), 2);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use secateur::job::progress::{Event, Stage};
 use secateur::job::spec::JobSpec;
 use secateur::job::state::JobState;
-use secateur::service::db::{Database, Entry, EventRow, JobRow, NewJob, StageState, Tenant};
+use secateur::service::db::{Asked, Database, Entry, EventRow, JobRow, NewJob, StageState, Tenant};
 use secateur::service::local_pg::LocalPg;
 use serde_json::json;
 use sqlx::postgres::PgConnectOptions;
@@ -18,9 +18,11 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::db::log;
+use crate::support::app::client;
 use crate::support::postgres::{reachable_directory, url};
 use crate::support::program::Bench;
 use crate::support::tiny::Tiny;
+use crate::traces::{Collector, TRACE, tree};
 
 const TENANT: Tenant = Tenant::DEFAULT;
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -67,11 +69,13 @@ impl Drop for Process {
 /// A data directory with a service that comes and goes.
 struct House {
     data: TempDir,
+    /// Where traces go.
+    collector: Option<String>,
 }
 
 impl House {
     fn new() -> Self {
-        Self { data: reachable_directory() }
+        Self { data: reachable_directory(), collector: None }
     }
 
     fn address(&self) -> PgConnectOptions {
@@ -90,6 +94,7 @@ impl House {
         command.arg(name).arg("--data-dir").arg(self.data.path());
         command.args(["--lease-ttl-ms", "2000", "--backoff-ms", "100"]);
         command.env_remove("DATABASE_URL").env_remove("SECATEUR_API_KEY");
+        command.envs(self.collector.iter().map(|url| ("OTEL_EXPORTER_OTLP_ENDPOINT", url)));
         command
     }
 
@@ -196,7 +201,9 @@ async fn checkpoints(database: &Database, id: Uuid) -> Vec<(String, String)> {
 
 #[tokio::test]
 async fn a_job_whose_child_worker_and_service_are_killed_in_turn_ends_with_the_same_bytes() {
-    let (bench, house) = (Bench::new(&Tiny::llama()), House::new());
+    let (bench, mut house) = (Bench::new(&Tiny::llama()), House::new());
+    let collector = Collector::default();
+    house.collector = Some(collector.start().await);
     let spec = long_healing(&bench);
     let service = house.up();
     let database = house.database().await;
@@ -204,7 +211,9 @@ async fn a_job_whose_child_worker_and_service_are_killed_in_turn_ends_with_the_s
     let row = until(&house, &database, calm, |row| row.state.is_terminal()).await;
     assert_eq!((row.state, row.attempt), (JobState::Succeeded, 1), "{:?}\n{}", row.failure, house.said());
 
-    let id = submit(&database, &spec).await;
+    let asked = Asked { traceparent: Some(format!("00-{TRACE}-00f067aa0ba902b7-01")), at: None };
+    let traced = NewJob { asked, ..NewJob::new(spec.clone()) };
+    let id = database.job_insert(TENANT, &traced).await.unwrap().id;
     until_healing(&house, &database, id, 1).await;
     kill_process(child_of(id).unwrap(), Signal::KILL).unwrap();
     until_healing(&house, &database, id, 2).await;
@@ -239,6 +248,20 @@ async fn a_job_whose_child_worker_and_service_are_killed_in_turn_ends_with_the_s
             && matches!(&row.body, Entry::Run(Event::Noted { message, .. }) if message.contains("goes on from"))
     };
     assert!(told.iter().any(from_the_middle), "the last attempt began healing in the middle");
+    collector.until(&["attempt 1", "attempt 2", "attempt 3", "attempt 4"]).await;
+    let spans = collector.traced();
+    let shown = tree(&spans, "00f067aa0ba902b7");
+    let attempts: Vec<&str> =
+        shown.iter().map(|row| row.trim()).filter(|row| row.starts_with("attempt")).collect();
+    // The first child was killed, and its worker told; two workers died, and nobody told but the database.
+    assert_eq!(
+        attempts,
+        ["attempt 1: error", "attempt 2: error", "attempt 3: error", "attempt 4: success"],
+        "{shown:#?}"
+    );
+    assert_eq!(shown[0], "RUN secateur: success");
+    let cut_off = |row: &&String| row.trim() == "heal: error";
+    assert_eq!(shown.iter().filter(cut_off).count(), 3, "{shown:#?}");
     let files = checkpoints(&database, id).await;
     assert!(files.len() > 2 && files == checkpoints(&database, calm).await, "the same bytes");
     database.close().await;
@@ -268,7 +291,7 @@ async fn a_service_that_is_told_to_stop_gives_its_job_back_and_goes_on_after_the
 
 async fn ready(service: &Process) -> bool {
     let url = format!("{}/readyz", service.url.as_ref().unwrap());
-    reqwest::get(url).await.is_ok_and(|r| r.status() == 200)
+    client().get(url).send().await.is_ok_and(|r| r.status() == 200)
 }
 
 #[tokio::test]

@@ -45,7 +45,7 @@ const ROOMS: [(&str, &[&str]); 19] = [
         ],
     ),
     ("service::local_pg", &[]),
-    ("service::store", &["job"]),
+    ("service::store", &[]),
     ("service::telemetry", &["job"]),
     ("service::seal", &[]),
     ("service::sinks", &["job", "service::db", "service::store", "service::telemetry", "service::seal"]),

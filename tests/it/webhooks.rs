@@ -13,8 +13,7 @@ use reqwest::Method;
 use ring::hmac;
 use secateur::job::report::{Failure, FailureKind};
 use secateur::service::db::{Limits, Tenant};
-use secateur::service::seal::Seal;
-use secateur::service::sinks::{Drain, Reach, Settings};
+use secateur::service::sinks::Reach;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -111,13 +110,6 @@ impl Receiver {
     }
 }
 
-/// Drains as the service does, with waits a thousand times shorter.
-fn drain(app: &App, reach: Reach) {
-    let settings = Settings { reach, patience: 0.001, mlflow: None };
-    let (database, store, seal) = (app.database.clone(), app.store.clone(), Seal::with(&[7; 32]));
-    tokio::spawn(Drain { database, store, seal, settings }.serve(app.shutdown.clone()));
-}
-
 async fn register(app: &App, body: Value) -> Value {
     let made = app.post("/v1/webhook_endpoints").json(&body).send().await.unwrap();
     assert_eq!(made.status(), 201);
@@ -146,7 +138,7 @@ async fn a_receiver_hears_of_every_state_signed_and_may_choose() {
     let second =
         json!({"url": ends.url(), "events": ["job.failed"], "format": "cloudevents", "description": "pager"});
     let second = register(&app, second).await;
-    drain(&app, Reach::Private);
+    app.drain(Reach::Private, Vec::new());
     let row = app.enqueue("told").await;
     let lease = app.claim().await;
     let failure = Failure { kind: FailureKind::Data, stage: None, message: "no text".into() };
@@ -200,7 +192,7 @@ async fn a_secret_is_shown_once_kept_sealed_and_both_count_while_it_is_rotated()
     let rotated: Value = app.post(&path(&made, "/rotate")).send().await.unwrap().json().await.unwrap();
     let new = rotated["secret"].as_str().unwrap();
     assert!(new != secret && rotated["rotating"] == true);
-    drain(&app, Reach::Private);
+    app.drain(Reach::Private, Vec::new());
     let sent = app.post(&path(&made, "/ping")).send().await.unwrap();
     assert_eq!(sent.status(), 202);
     let sent: Value = sent.json().await.unwrap();
@@ -214,7 +206,7 @@ async fn a_receiver_that_was_away_misses_nothing_and_each_message_keeps_its_id_a
     let app = App::start().await;
     let first = Receiver::start().await;
     let endpoint = register(&app, json!({"url": first.url()})).await;
-    drain(&app, Reach::Private);
+    app.drain(Reach::Private, Vec::new());
     first.answers(StatusCode::INTERNAL_SERVER_ERROR);
     job(&app, "refused").await;
     first.wait(4).await;
@@ -287,7 +279,7 @@ async fn a_dead_receiver_slows_neither_jobs_nor_other_receivers() {
     register(&app, json!({"url": format!("http://{}/", hole.local_addr().unwrap())})).await;
     let alive = Receiver::start().await;
     register(&app, json!({"url": alive.url(), "events": ["job.succeeded"]})).await;
-    drain(&app, Reach::Private);
+    app.drain(Reach::Private, Vec::new());
     let begun = std::time::Instant::now();
     for i in 0..20 {
         job(&app, &format!("job {i}")).await;
@@ -304,7 +296,7 @@ async fn redirects_are_not_followed_and_addresses_inside_are_not_called() {
     let endpoint = register(&app, json!({"url": receiver.url()})).await;
     receiver.answers(StatusCode::TEMPORARY_REDIRECT);
     app.post(&path(&endpoint, "/ping")).send().await.unwrap();
-    drain(&app, Reach::Private);
+    app.drain(Reach::Private, Vec::new());
     receiver.wait(2).await;
     let page = app.json(&path(&endpoint, "/deliveries")).await;
     assert_eq!(page["data"][0]["tries"][0]["status"], 307);
@@ -317,7 +309,7 @@ async fn redirects_are_not_followed_and_addresses_inside_are_not_called() {
         let endpoint = register(&app, json!({"url": url})).await;
         app.post(&path(&endpoint, "/ping")).send().await.unwrap();
     }
-    drain(&app, Reach::Public);
+    app.drain(Reach::Public, Vec::new());
     tokio::time::sleep(Duration::from_millis(800)).await;
     assert!(receiver.all().is_empty());
 }

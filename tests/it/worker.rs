@@ -216,7 +216,9 @@ async fn a_text_that_was_brought_is_given_to_the_run_as_a_file() {
     };
     assert!(shop.database.upload_insert(TENANT, &row, 100).await.unwrap());
     let store = Store::open(shop.store()).unwrap();
-    fs::write(store.place(&row.location).unwrap(), "words").unwrap();
+    let mut part = store.part(&row.location, 1, 0).await.unwrap();
+    part.write(b"words").await.unwrap();
+    part.finish().await.unwrap();
     let spec = json!({
         "name": "succeed", "model": {"from": "path", "path": "/models/tiny"}, "prune": {"amount": {"layers": 1}},
         "calibration": {"corpus": {"from": "upload", "upload_id": id}},

@@ -125,7 +125,7 @@ fn go_on(
     if from > 0 {
         headers.extend([("range", range.as_str()), ("if-range", tag.as_str())]);
     }
-    let answer = client.open(&format!("/v1/jobs/{id}/artifacts/{}", path.join("/")), &headers)?;
+    let answer = client.open(&format!("/v1/jobs/{id}/artifacts/{}?proxy=1", path.join("/")), &headers)?;
     let whole = answer.status().as_u16() != 206;
     let mut to = OpenOptions::new().create(true).append(!whole).write(true).truncate(whole).open(part)?;
     let mut body = answer.into_body().into_reader();

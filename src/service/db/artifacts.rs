@@ -21,6 +21,16 @@ pub struct ArtifactRow {
     pub created_at: OffsetDateTime,
 }
 
+/// The checkpoints a job may leave, the better one first.
+const CHECKPOINTS: [&str; 2] = ["healed/", "pruned/"];
+
+/// The files of the best checkpoint among what a job has left, by their paths within it.
+pub fn best_checkpoint(files: &[ArtifactRow]) -> Vec<(&str, &ArtifactRow)> {
+    let is_there = |directory: &&str| files.iter().any(|f| f.path == format!("{directory}config.json"));
+    let best = CHECKPOINTS.into_iter().find(is_there);
+    files.iter().filter_map(|file| Some((file.path.strip_prefix(best?)?, file))).collect()
+}
+
 /// A stored file that awaits the commit that makes it visible.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewArtifact {

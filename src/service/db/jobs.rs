@@ -50,9 +50,21 @@ pub struct JobRow {
     /// What it was reckoned to take, on the fastest worker there was.
     #[sqlx(json(nullable))]
     pub plan: Option<Plan>,
+    #[sqlx(flatten)]
+    pub asked: Asked,
     /// How far a running job is.
     #[sqlx(json(nullable))]
     pub progress: Option<Progress>,
+}
+
+/// The request that asked for a job, as traces tell of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, sqlx::FromRow)]
+pub struct Asked {
+    /// The caller's span (W3C Trace Context), where it traced the request.
+    pub traceparent: Option<String>,
+    /// When the request came; absent where it asked for many jobs at once.
+    #[sqlx(rename = "asked_at")]
+    pub at: Option<OffsetDateTime>,
 }
 
 /// A job to put in.
@@ -65,12 +77,13 @@ pub struct NewJob {
     pub retry_of: Option<Uuid>,
     /// What it is reckoned to take.
     pub plan: Option<Plan>,
+    pub asked: Asked,
 }
 
 impl NewJob {
     /// A job like any other.
     pub fn new(spec: JobSpec) -> Self {
-        Self { spec, priority: 0, retry_of: None, plan: None }
+        Self { spec, priority: 0, retry_of: None, plan: None, asked: Asked::default() }
     }
 }
 
@@ -335,8 +348,8 @@ impl Database {
 /// Puts in a job within the caller's transaction.
 pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job: &NewJob) -> Result<JobRow> {
     sqlx::query(
-        "insert into jobs (id, tenant_id, name, labels, spec, priority, retry_of, plan)
-         values ($1, $2, $3, $4, $5, $6, $7, $8)",
+        "insert into jobs (id, tenant_id, name, labels, spec, priority, retry_of, plan, traceparent, asked_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
     )
     .bind(id)
     .bind(tenant)
@@ -346,6 +359,8 @@ pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job:
     .bind(job.priority)
     .bind(job.retry_of)
     .bind(job.plan.as_ref().map(Json))
+    .bind(&job.asked.traceparent)
+    .bind(job.asked.at)
     .execute(&mut *tx)
     .await?;
     let row = lock(tx, tenant, id).await?.ok_or(sqlx::Error::RowNotFound)?;
@@ -389,9 +404,9 @@ pub(super) async fn write_state(tx: &mut PgConnection, job: &JobRow, reason: Opt
 
 /// Tells of a job's new state: in its events, to workers, and to whoever else wants to hear.
 async fn tell_state(tx: &mut PgConnection, job: &JobRow, reason: Option<String>) -> Result<()> {
-    outbox::tell(tx, job, reason.as_deref()).await?;
-    let changed = JobEvent::StateChanged { state: job.state, reason };
+    let changed = JobEvent::StateChanged { state: job.state, reason: reason.clone() };
     events::append(tx, job.id, &[Entry::Job(changed)]).await?;
+    outbox::tell(tx, job, reason.as_deref()).await?;
     if job.state == JobState::Queued {
         signals::notify(tx, signals::QUEUED, "").await?;
     }

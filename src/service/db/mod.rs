@@ -28,10 +28,10 @@ use tokio::sync::broadcast;
 use crate::job::progress::Stage;
 use crate::job::state::{IllegalChange, JobState, Wish};
 
-pub use artifacts::{ArtifactRow, NewArtifact};
+pub use artifacts::{ArtifactRow, NewArtifact, best_checkpoint};
 pub use endpoints::EndpointRow;
 pub use events::{Entry, EventRow, JobEvent};
-pub use jobs::{Cursor, Deletion, JobFilter, JobPage, JobRow, NewJob};
+pub use jobs::{Asked, Cursor, Deletion, JobFilter, JobPage, JobRow, NewJob};
 pub use keys::{ApiKeyRow, NewApiKey};
 pub use leases::{Dead, Lease, Limits, Progress, Renewal};
 pub use outbox::{Backlog, DeliveryRow, Message, MessageRow, Tried, body as message_body};
@@ -104,6 +104,14 @@ impl Database {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(patience)
+            // The server finds out within a minute that a machine is gone, and lets go of the rows it had locked.
+            .after_connect(|connection, _| {
+                Box::pin(async move {
+                    let keepalive = "select set_config('tcp_keepalives_idle', '30', false),
+                       set_config('tcp_keepalives_interval', '10', false), set_config('tcp_keepalives_count', '3', false)";
+                    sqlx::query(keepalive).execute(connection).await.map(drop)
+                })
+            })
             .connect_with(options.application_name("secateur"))
             .await?;
         Ok(Self { pool, signals: broadcast::Sender::new(1024) })

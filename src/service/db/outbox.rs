@@ -29,6 +29,7 @@ pub struct Message {
 #[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
 pub struct MessageRow {
     pub id: Uuid,
+    pub sink: String,
     pub job_id: Option<Uuid>,
     pub kind: String,
     pub body: String,
@@ -219,7 +220,7 @@ impl Database {
         limit: u32,
     ) -> Result<Vec<MessageRow>> {
         let rows = sqlx::query_as(
-            "select id, job_id, kind, body, created_at, attempts, due_at, delivered_at, given_up_at from outbox
+            "select * from outbox
              where tenant_id = $1 and endpoint_id = $2 and ($3::uuid is null or id < $3) order by id desc limit $4",
         )
         .bind(tenant)
@@ -228,6 +229,17 @@ impl Database {
         .bind(i64::from(limit))
         .fetch_all(&self.pool)
         .await?;
+        Ok(rows)
+    }
+
+    /// All messages about a job, newest first.
+    pub async fn messages_of(&self, tenant: Tenant, job: Uuid) -> Result<Vec<MessageRow>> {
+        let rows =
+            sqlx::query_as("select * from outbox where tenant_id = $1 and job_id = $2 order by id desc")
+                .bind(tenant)
+                .bind(job)
+                .fetch_all(&self.pool)
+                .await?;
         Ok(rows)
     }
 
@@ -269,6 +281,15 @@ impl Database {
 }
 
 impl Database {
+    /// What `job` is called where it is told of, by sink.
+    pub async fn external_names(&self, job: Uuid) -> Result<Vec<(String, String)>> {
+        let names = sqlx::query_as("select sink, run_id from external_runs where job_id = $1 order by sink")
+            .bind(job)
+            .fetch_all(&self.pool)
+            .await?;
+        Ok(names)
+    }
+
     /// What `job` is called at `sink`; `make` is asked the first time, and nobody else's `make` at the same time.
     pub async fn external_run<E, F>(
         &self,
@@ -321,7 +342,7 @@ struct Wanted {
     format: String,
 }
 
-/// Writes messages of a job's new state, within the transaction that changes it.
+/// Writes messages of a job's new state, the newest event, within the transaction that changes it.
 pub(super) async fn tell(tx: &mut PgConnection, job: &JobRow, reason: Option<&str>) -> Result<()> {
     let kind = format!("job.{}", job.state);
     let wanted: Vec<Wanted> = sqlx::query_as(
@@ -334,11 +355,18 @@ pub(super) async fn tell(tx: &mut PgConnection, job: &JobRow, reason: Option<&st
     .bind(&kind)
     .fetch_all(&mut *tx)
     .await?;
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let seq: i64 = sqlx::query_scalar("select last_seq from jobs where id = $1")
+        .bind(job.id)
+        .fetch_one(&mut *tx)
+        .await?;
     for Wanted { sink, endpoint_id, format } in wanted {
         let id = Uuid::now_v7();
         let data = json!({
             "job_id": job.id, "name": job.name, "labels": job.labels, "state": job.state, "attempt": job.attempt,
-            "reason": reason, "failure": job.failure, "url": format!("/v1/jobs/{}", job.id),
+            "seq": seq, "reason": reason, "failure": job.failure, "url": format!("/v1/jobs/{}", job.id),
         });
         sqlx::query(
             "insert into outbox (id, tenant_id, sink, endpoint_id, job_id, kind, body)

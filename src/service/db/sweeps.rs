@@ -89,6 +89,18 @@ impl Database {
         Ok(row)
     }
 
+    /// The sweep that a job belongs to.
+    pub async fn sweep_of(&self, tenant: Tenant, job: Uuid) -> Result<Option<SweepRow>> {
+        let row = sqlx::query_as(
+            "select s.* from sweeps s join sweep_rows r on r.sweep_id = s.id where s.tenant_id = $1 and r.job_id = $2",
+        )
+        .bind(tenant)
+        .bind(job)
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(row)
+    }
+
     /// One page of at most `limit` sweeps, newest first, from behind `after`; and whether there are more.
     pub async fn sweep_list(
         &self,
@@ -117,7 +129,7 @@ impl Database {
     ) -> Result<Vec<(Uuid, Option<JobState>, i64)>> {
         let rows = sqlx::query_as(
             "select r.sweep_id, j.state, count(*) from sweep_rows r left join jobs j on j.id = r.job_id
-             where r.tenant_id = $1 and r.sweep_id = any ($2) group by 1, 2",
+             where r.tenant_id = $1 and r.sweep_id = any ($2) group by 1, 2 order by 1, 2",
         )
         .bind(tenant)
         .bind(ids)

@@ -1,32 +1,27 @@
 //! The files a job left: listed, and read in ranges.
 
-use std::io::{self, SeekFrom};
 use std::ops::Range;
 
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, Path, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Redirect, Response};
 use serde::Serialize;
 use time::OffsetDateTime;
-use tokio::io::{AsyncReadExt, AsyncSeekExt};
-use tokio_util::io::ReaderStream;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::AppState;
 use super::auth::Caller;
-use super::extract::JobId;
+use super::extract::{JobId, Pairs};
 use super::job::Page;
 use super::jobs::job_row;
 use super::problem::{Code, Problem, ProblemBody};
 use super::range::{Asked, asked};
 use crate::service::db::ArtifactRow;
 use crate::service::store::Store;
-
-const CHUNK_BYTES: usize = 256 << 10;
 
 /// What a job wrote may show itself, styled, and do nothing.
 const FILE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; \
@@ -80,6 +75,9 @@ async fn list(
 /// One range of bytes may be asked for (`bytes=0-99`, `bytes=100-`,
 /// `bytes=-100`); several at once are answered by the whole file. The `ETag` is
 /// the file's sha256, so `If-Range` resumes a broken download safely.
+///
+/// Where files are kept in S3, a request without conditions is sent there (307), to a link that is good for some minutes;
+/// with `proxy=1` the bytes come from here.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/artifacts/{*path}", operation_id = "get_artifact", tag = "results",
     params(
@@ -88,6 +86,7 @@ async fn list(
         ("Range" = Option<String>, Header, example = "bytes=0-1023"),
         ("If-Range" = Option<String>, Header, description = "Send the part only if the file still has this ETag"),
         ("If-None-Match" = Option<String>, Header, description = "Send nothing if the file has this ETag"),
+        ("proxy" = Option<u8>, Query, description = "`1`: the bytes come from here, wherever they are kept"),
     ),
     responses(
         (status = 200, description = "The file", body = Vec<u8>, content_type = "application/octet-stream",
@@ -95,6 +94,8 @@ async fn list(
         (status = 206, description = "The part", body = Vec<u8>, content_type = "application/octet-stream",
          headers(("Content-Range" = String), ("ETag" = String), ("Repr-Digest" = String))),
         (status = 304, description = "You have it"),
+        (status = 307, description = "It is there", headers(("Location" = String))),
+        (status = 400, description = "The query is wrong", body = ProblemBody),
         (status = 404, description = "No such job or file", body = ProblemBody),
         (status = 416, description = "It has no such bytes", body = ProblemBody),
     )
@@ -104,8 +105,11 @@ async fn file(
     Extension(Caller(tenant)): Extension<Caller>,
     JobId(id): JobId,
     Path((_, path)): Path<(String, String)>,
+    method: Method,
+    Pairs(query): Pairs,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
+    let proxied = proxied(&query)?;
     job_row(&state.database, tenant, id).await?;
     // The row says where the file is; what was asked for never becomes a path.
     let row = match path.contains('\0') {
@@ -118,7 +122,27 @@ async fn file(
             format!("The job has no file `{path}`; /v1/jobs/{id}/artifacts lists them."),
         )
     })?;
+    // Conditions are about our tag, and a link is good for one method.
+    let conditions = [header::IF_RANGE, header::IF_NONE_MATCH];
+    let here = proxied || method != Method::GET || conditions.iter().any(|name| headers.contains_key(name));
+    if !here && let Some(link) = state.store.link(&row.location).await.map_err(Problem::internal)? {
+        return Ok(Redirect::temporary(&link).into_response());
+    }
     answer(&state.store, row, &headers).await
+}
+
+/// Whether the caller wants the bytes from here.
+fn proxied(query: &[(String, String)]) -> Result<bool, Problem> {
+    let mut proxied = false;
+    for (name, value) in query {
+        match (name.as_str(), value.as_str()) {
+            ("proxy", "1") => proxied = true,
+            ("proxy", "0") => proxied = false,
+            ("proxy", _) => return Err(Problem::new(Code::InvalidQuery, "`proxy` must be 0 or 1.")),
+            _ => return Err(Pairs::unknown(name, "proxy")),
+        }
+    }
+    Ok(proxied)
 }
 
 /// Answers with a file, as the conditions and the range of the request ask.
@@ -127,9 +151,8 @@ pub async fn answer(store: &Store, row: ArtifactRow, headers: &HeaderMap) -> Res
     let size_bytes = row.size_bytes as u64;
     let described = describe(&row, &etag)?;
     send(Sent { etag, size_bytes, described }, headers, async |bytes| {
-        let file = open_at(store, &row.location, size_bytes, &bytes).await;
-        let file = file.map_err(|e| Problem::internal(format!("artifact {}: {e}", row.location)))?;
-        Ok(Body::from_stream(ReaderStream::with_capacity(file, CHUNK_BYTES)))
+        let read = store.read(&row.location, size_bytes, bytes).await;
+        Ok(Body::from_stream(read.map_err(|e| Problem::internal(format!("artifact {}: {e}", row.location)))?))
     })
     .await
 }
@@ -193,24 +216,6 @@ fn describe(row: &ArtifactRow, etag: &str) -> Result<HeaderMap, Problem> {
         headers.insert(name, HeaderValue::from_str(value).map_err(Problem::internal)?);
     }
     Ok(headers)
-}
-
-/// A file of the store, to read the bytes `part` of it.
-///
-/// # Errors
-/// When it is not there or not `size_bytes` long.
-pub async fn open_at(
-    store: &Store,
-    location: &str,
-    size_bytes: u64,
-    part: &Range<u64>,
-) -> io::Result<tokio::io::Take<tokio::fs::File>> {
-    let mut file = tokio::fs::File::open(store.path(location)?).await?;
-    if file.metadata().await?.len() != size_bytes {
-        return Err(io::Error::other("it has not its recorded length"));
-    }
-    file.seek(SeekFrom::Start(part.start)).await?;
-    Ok(file.take(part.end - part.start))
 }
 
 /// `If-None-Match` compares weakly: `W/` does not matter.

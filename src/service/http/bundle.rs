@@ -8,25 +8,23 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::Response;
-use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use sha2::{Digest, Sha256};
-use tokio_util::io::ReaderStream;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::AppState;
-use super::artifacts::{Sent, open_at, send};
+use super::artifacts::{Sent, send};
 use super::auth::Caller;
 use super::extract::JobId;
 use super::jobs::job_row;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::service::db::ArtifactRow;
-use crate::service::store::Store;
+use crate::service::store::{Store, Stream};
 
 /// tar counts in these.
 const BLOCK_BYTES: u64 = 512;
-const CHUNK_BYTES: usize = 256 << 10;
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(bundle))
@@ -163,22 +161,17 @@ fn read(store: Store, pieces: Vec<Piece>, asked: &Range<u64>) -> Body {
     Body::from_stream(opened.try_flatten())
 }
 
-async fn open(
-    store: Store,
-    piece: Piece,
-    part: Range<u64>,
-) -> io::Result<BoxStream<'static, io::Result<Bytes>>> {
+async fn open(store: Store, piece: Piece, part: Range<u64>) -> io::Result<Stream> {
     Ok(match piece {
         Piece::Bytes(bytes) => {
             let bytes = bytes.slice(part.start as usize..part.end as usize);
             stream::once(async move { Ok(bytes) }).boxed()
         }
         Piece::File { location, size_bytes } => {
-            let file = open_at(&store, &location, size_bytes, &part).await.inspect_err(|error| {
+            store.read(&location, size_bytes, part).await.inspect_err(|error| {
                 // The status is sent; all that is left is to break off, so that nobody takes the rest for whole.
                 tracing::error!(%error, location, "a bundle breaks off");
-            })?;
-            ReaderStream::with_capacity(file, CHUNK_BYTES).boxed()
+            })?
         }
     })
 }

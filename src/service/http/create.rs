@@ -6,6 +6,7 @@ use axum::extract::{DefaultBodyLimit, Extension, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -21,7 +22,8 @@ use crate::job::complaint::Complaint;
 use crate::job::plan::Plan;
 use crate::job::spec::{Corpus, JobSpec, ModelSource};
 use crate::job::state::JobState;
-use crate::service::db::{Database, Inserted, JobRow, NewJob, Once, Tenant, WorkerRow};
+use crate::service::db::{Asked, Database, Inserted, JobRow, NewJob, Once, Tenant, WorkerRow};
+use crate::service::sinks;
 
 /// Enough for a spec that brings its text (at most 8 MiB each) along.
 pub(super) const MAX_SPEC_BYTES: usize = 16 << 20;
@@ -86,7 +88,8 @@ async fn create(
     let spec = JobSpec::read(body).map_err(Problem::spec)?;
     let asked = serde_json::to_vec(&spec).map_err(Problem::internal)?;
     let once = once(&headers, &[b"create", &asked])?;
-    submit(&state, tenant, NewJob::new(spec), once).await
+    let job = NewJob { asked: now_asked(&headers), ..NewJob::new(spec) };
+    submit(&state, tenant, job, once).await
 }
 
 /// Tries a job again that failed or was cancelled.
@@ -123,7 +126,8 @@ async fn retry(
             return Err(Problem::new(Code::StateConflict, detail));
         }
     }
-    let again = NewJob { priority: old.priority, retry_of: Some(id), ..NewJob::new(old.spec) };
+    let asked = now_asked(&headers);
+    let again = NewJob { priority: old.priority, retry_of: Some(id), asked, ..NewJob::new(old.spec) };
     submit(&state, tenant, again, once).await
 }
 
@@ -182,6 +186,7 @@ async fn created(state: &AppState, row: JobRow) -> Result<Response, Problem> {
 /// Checks what the spec names, and reckons what it will take.
 pub(super) async fn admit(state: &AppState, tenant: Tenant, mut spec: JobSpec) -> Result<Admitted, Problem> {
     check_source(&state.database, tenant, &spec).await?;
+    check_publish(&state.publish_to, &spec)?;
     let uploads = check_uploads(&state.database, tenant, &mut spec).await?;
     let roots = state.roots.clone();
     let admitted = tokio::task::spawn_blocking(move || admission::admit(spec, &roots, &uploads)).await;
@@ -209,6 +214,18 @@ async fn check_source(database: &Database, tenant: Tenant, spec: &JobSpec) -> Re
     Err(Problem::spec(vec![Complaint { pointer: "/model/job_id".into(), message }]))
 }
 
+/// A place on the Hub that this service may write to.
+fn check_publish(namespaces: &[String], spec: &JobSpec) -> Result<(), Problem> {
+    let Some(publish) = &spec.publish else { return Ok(()) };
+    let owner = publish.repo.split('/').next().unwrap_or_default();
+    let message = match namespaces {
+        namespaces if namespaces.iter().any(|name| name == owner) => return Ok(()),
+        [] => "this service publishes nothing: it was started without --publish-to".into(),
+        namespaces => format!("this service publishes only below {}", namespaces.join(", ")),
+    };
+    Err(Problem::spec(vec![Complaint { pointer: "/publish/repo".into(), message }]))
+}
+
 /// Texts that the caller is to have brought; their sizes.
 async fn check_uploads(
     database: &Database,
@@ -229,6 +246,18 @@ async fn check_uploads(
         complaints.push(Complaint { pointer: format!("{pointer}/upload_id"), message: message.into() });
     }
     if complaints.is_empty() { Ok(sizes) } else { Err(Problem::spec(complaints)) }
+}
+
+/// A request for one job, which comes now.
+fn now_asked(headers: &HeaderMap) -> Asked {
+    Asked { at: Some(OffsetDateTime::now_utc()), traceparent: traceparent(headers) }
+}
+
+/// The caller's span, where it names one as W3C Trace Context has it; anything else counts as nothing.
+pub(super) fn traceparent(headers: &HeaderMap) -> Option<String> {
+    let mut given = headers.get_all("traceparent").iter();
+    let only = given.next().filter(|_| given.next().is_none())?.to_str().ok()?;
+    sinks::Parent::read(only).map(|_| only.to_owned())
 }
 
 /// How the caller marks this request, if at all; `asked` is what makes it the same.

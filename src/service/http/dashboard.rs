@@ -50,6 +50,7 @@ static ASSETS: LazyLock<Vec<Asset>> = LazyLock::new(|| {
         "results.js": SCRIPT,
         "submit.js": SCRIPT,
         "sweeps.js": SCRIPT,
+        "webhooks.js": SCRIPT,
         "words.js": SCRIPT,
         "workers.js": SCRIPT,
         "vendor/lit-html.js": SCRIPT,

@@ -217,9 +217,7 @@ async fn delete(
     }
     match state.database.job_delete(tenant, id).await? {
         Deletion::Done => {
-            let store = state.store.clone();
-            let swept = tokio::task::spawn_blocking(move || store.remove(&job_prefix(id))).await;
-            if let Err(error) = swept.map_err(std::io::Error::other).and_then(|done| done) {
+            if let Err(error) = state.store.remove(&job_prefix(id)).await {
                 // No row names them any more: the sweep of the store takes them later.
                 tracing::warn!(%error, job = %id, "the files of a deleted job stay for now");
             }

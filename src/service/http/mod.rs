@@ -1,5 +1,7 @@
 //! The HTTP surface: one router, every refusal a problem (RFC 9457).
 
+use std::sync::Arc;
+
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
 use axum::serve::ListenerExt;
@@ -39,6 +41,7 @@ mod plans;
 mod problem;
 mod range;
 mod results;
+mod sinks;
 mod sweeps;
 mod uploads;
 mod webhooks;
@@ -55,6 +58,8 @@ pub struct AppState {
     pub seal: Seal,
     /// Where receivers of messages may be.
     pub reach: Reach,
+    /// Owners of repositories of the Hub that results may go to.
+    pub publish_to: Arc<[String]>,
     /// A key of the database opens the API; otherwise only this machine may call.
     pub locked: bool,
     /// Cancelled when the service begins to shut down.

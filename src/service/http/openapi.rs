@@ -11,8 +11,8 @@ use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::{
-    AppState, artifacts, bundle, create, events, health, hub, jobs, models, plans, results, sweeps, uploads,
-    webhooks, workers,
+    AppState, artifacts, bundle, create, events, health, hub, jobs, models, plans, results, sinks, sweeps,
+    uploads, webhooks, workers,
 };
 use crate::job::shape::Shapes;
 use crate::job::spec::JobSpec;
@@ -50,6 +50,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(events::routes())
         .merge(results::routes())
         .merge(artifacts::routes())
+        .merge(sinks::routes())
         .merge(bundle::routes())
         .merge(plans::routes())
         .merge(sweeps::routes())

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::AppState;
 use super::admission::Admitted;
 use super::auth::Caller;
-use super::create::{MAX_SPEC_BYTES, REPLAYED, admit, on_fastest, once, reused};
+use super::create::{MAX_SPEC_BYTES, REPLAYED, admit, on_fastest, once, reused, traceparent};
 use super::extract::{JobId, JsonBody, Newest, prefers};
 use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
@@ -25,7 +25,7 @@ use crate::job::report::{Report, Scores};
 use crate::job::state::JobState;
 use crate::job::sweep::{Child, Outcome, SweepReport, SweepSpec, mark_front};
 use crate::report::sweep::page;
-use crate::service::db::{Error, Inserted, NewJob, SweepJob, SweepRow, Tenant};
+use crate::service::db::{Asked, Error, Inserted, NewJob, SweepJob, SweepRow, Tenant};
 
 pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -126,7 +126,9 @@ async fn create(
     let inserted = match before {
         Some(before) => before,
         None => {
-            let jobs = admitted(&state, tenant, children).await?;
+            let mut jobs = admitted(&state, tenant, children).await?;
+            let asked = Asked { traceparent: traceparent(&headers), at: None };
+            jobs.iter_mut().for_each(|job| job.asked = asked.clone());
             state.database.sweep_insert(tenant, &spec, &jobs, once.as_ref()).await?
         }
     };
@@ -324,8 +326,7 @@ async fn shown(state: &AppState, row: SweepRow) -> Result<Sweep, Problem> {
 /// The report a job has left.
 async fn job_report(state: &AppState, tenant: Tenant, id: Uuid) -> Result<Option<Report>, Problem> {
     let Some(row) = state.database.artifact(tenant, id, "report.json").await? else { return Ok(None) };
-    let path = state.store.path(&row.location).map_err(Problem::internal)?;
-    let bytes = tokio::fs::read(path).await.map_err(Problem::internal)?;
+    let bytes = state.store.bytes(&row.location, row.size_bytes as u64).await.map_err(Problem::internal)?;
     // One of another version is left out.
     Ok(serde_json::from_slice(&bytes).ok())
 }

@@ -3,7 +3,7 @@
 //! A part is written to its place in the file; it counts once it is there in
 //! full. The whole counts once its sha256 is what the caller said at the start.
 
-use std::io::{self, SeekFrom};
+use std::io;
 
 use axum::Json;
 use axum::body::Body;
@@ -14,7 +14,6 @@ use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
-use tokio::io::{AsyncSeekExt, AsyncWriteExt};
 use utoipa::ToSchema;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
@@ -268,7 +267,7 @@ async fn put_part(
     }
     let start = i64::from(number - 1) * row.part_size_bytes;
     let length = row.part_size_bytes.min(row.size_bytes - start) as u64;
-    let digest = write(&state, &row, start as u64, length, body).await?;
+    let digest = write(&state, &row, number, (start as u64, length), body).await?;
     let told = headers.get("content-digest").and_then(|v| v.to_str().ok());
     if told.is_some_and(|told| told.trim() != format!("sha-256=:{}:", base64(&digest))) {
         return Err(Problem::new(
@@ -287,15 +286,12 @@ async fn put_part(
 async fn write(
     state: &AppState,
     row: &UploadRow,
-    start: u64,
-    length: u64,
+    number: i32,
+    (start, length): (u64, u64),
     body: Body,
 ) -> Result<[u8; 32], Problem> {
     let kept = |e: io::Error| Problem::internal(format!("upload {}: {e}", row.id));
-    let path = state.store.place(&row.location).map_err(kept)?;
-    let file = tokio::fs::OpenOptions::new().create(true).truncate(false).write(true).open(path).await;
-    let mut file = file.map_err(kept)?;
-    file.seek(SeekFrom::Start(start)).await.map_err(kept)?;
+    let mut file = state.store.part(&row.location, number, start).await.map_err(kept)?;
     let mut sum = Sha256::new();
     let mut written = 0;
     let mut chunks = body.into_data_stream();
@@ -309,14 +305,13 @@ async fn write(
             return Err(Problem::new(Code::BodyTooLarge, format!("This part has {length} bytes, not more.")));
         }
         sum.update(&chunk);
-        file.write_all(&chunk).await.map_err(kept)?;
+        file.write(&chunk).await.map_err(kept)?;
     }
     if written < length {
         let message = format!("this part has {length} bytes, not {written}");
         return Err(Problem::upload(vec![Complaint { pointer: String::new(), message }]));
     }
-    file.flush().await.map_err(kept)?;
-    file.sync_all().await.map_err(kept)?;
+    file.finish().await.map_err(kept)?;
     Ok(sum.finalize().into())
 }
 
@@ -351,9 +346,7 @@ async fn complete(
             );
             return Err(Problem::new(Code::UploadIncomplete, detail));
         }
-        let (store, location) = (state.store.clone(), row.location.clone());
-        let stored = tokio::task::spawn_blocking(move || store.digest(&location)).await;
-        let stored = stored.map_err(Problem::internal)?.map_err(Problem::internal)?;
+        let stored = state.store.digest(&row.location).await.map_err(Problem::internal)?;
         if stored.sha256 != row.sha256 {
             let detail = format!(
                 "All parts are here, but together their sha256 is {}; compare the parts' and send those that differ again.",
@@ -382,9 +375,7 @@ async fn delete(
 ) -> Result<StatusCode, Problem> {
     match state.database.upload_delete(tenant, id).await? {
         UploadDeletion::Done => {
-            let store = state.store.clone();
-            let removed = tokio::task::spawn_blocking(move || store.remove(&upload_prefix(id))).await;
-            if let Err(error) = removed.map_err(io::Error::other).and_then(|done| done) {
+            if let Err(error) = state.store.remove(&upload_prefix(id)).await {
                 // No row names it any more: the sweep of the store takes it later.
                 tracing::warn!(%error, upload = %id, "the file of a deleted upload stays for now");
             }

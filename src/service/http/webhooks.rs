@@ -115,12 +115,15 @@ impl WebhookEndpoint {
 
 /// A message to an endpoint and how its delivery stands.
 #[derive(Debug, Serialize, ToSchema)]
-struct Delivery {
+pub(super) struct Delivery {
     /// Always `"delivery"`.
     #[schema(example = "delivery")]
     object: &'static str,
     /// The `webhook-id`: the same at each try.
     id: Uuid,
+    /// Whom it is for.
+    #[schema(example = "webhook")]
+    sink: String,
     #[serde(rename = "type")]
     #[schema(example = "job.succeeded")]
     kind: String,
@@ -161,7 +164,7 @@ struct Try {
 }
 
 impl Delivery {
-    fn new(row: MessageRow, tries: &[DeliveryRow]) -> Self {
+    pub(super) fn new(row: MessageRow, tries: &[DeliveryRow]) -> Self {
         let state = match (row.delivered_at, row.given_up_at) {
             (Some(_), _) => DeliveryState::Delivered,
             (None, Some(_)) => DeliveryState::GivenUp,
@@ -176,6 +179,7 @@ impl Delivery {
         Self {
             object: "delivery",
             id: row.id,
+            sink: row.sink,
             kind: row.kind,
             job_id: row.job_id,
             next_try_at: matches!(state, DeliveryState::Waiting).then_some(row.due_at),

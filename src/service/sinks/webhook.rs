@@ -1,6 +1,6 @@
 //! Webhooks by Standard Webhooks (standardwebhooks.com): signed, small, never redirected.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -10,13 +10,12 @@ use ureq::unversioned::transport::DefaultConnector;
 use uuid::Uuid;
 
 use super::address::{Guard, Reach};
-use crate::service::db::{Database, EndpointRow, Message, Tried};
+use super::call::{Result, accepted, beside};
+use crate::service::db::{Database, EndpointRow, Message};
 use crate::service::seal::Seal;
 
 /// From looking the name up to the end of the answer.
 const TIMEOUT: Duration = Duration::from_secs(15);
-/// Of an answer that refuses, for the delivery log.
-const MAX_ANSWER_BYTES: u64 = 500;
 
 /// How a secret is shown to its owner, once.
 pub fn shown(secret: &[u8]) -> String {
@@ -44,32 +43,15 @@ pub fn agent(reach: Reach) -> ureq::Agent {
     ureq::Agent::with_parts(config, DefaultConnector::default(), Guard::new(reach))
 }
 
-/// Tries to deliver a message once.
-pub async fn deliver(database: &Database, seal: &Seal, reach: Reach, message: &Message) -> Tried {
-    let begun = Instant::now();
-    let failed = |error: String| Tried { status: None, error: Some(error), duration: begun.elapsed() };
-    let Some(endpoint) = message.endpoint_id else { return failed("the message names no endpoint".into()) };
-    let row = match database.endpoint(message.tenant, endpoint).await {
-        Ok(Some(row)) => row,
-        Ok(None) => return failed("the endpoint is gone".into()),
-        Err(error) => return failed(error.to_string()),
-    };
-    let signatures = match signatures(seal, &row, message) {
-        Ok(signatures) => signatures,
-        Err(error) => return failed(error),
-    };
-    if let Err(error) = reach.check(&row.url) {
-        return failed(format!("the URL {error}"));
-    }
+/// Tries to deliver a message once. Gives the status of the answer.
+pub async fn deliver(database: &Database, seal: &Seal, reach: Reach, message: &Message) -> Result<u16> {
+    let endpoint = message.endpoint_id.ok_or_else(|| "the message names no endpoint".to_owned())?;
+    let row = database.endpoint(message.tenant, endpoint).await?;
+    let row = row.ok_or_else(|| "the endpoint is gone".to_owned())?;
+    let signatures = signatures(seal, &row, message)?;
+    reach.check(&row.url).map_err(|error| format!("the URL {error}"))?;
     let (id, body) = (message.id, message.body.clone());
-    let sent = tokio::task::spawn_blocking(move || send(&agent(reach), &row, id, &signatures, &body)).await;
-    let (status, error) = match sent {
-        Ok(Ok((status, None))) => (Some(status), None),
-        Ok(Ok((status, Some(words)))) => (Some(status), Some(words)),
-        Ok(Err(error)) => (None, Some(error)),
-        Err(error) => (None, Some(error.to_string())),
-    };
-    Tried { status, error, duration: begun.elapsed() }
+    beside(move || send(&agent(reach), &row, id, &signatures, &body)).await
 }
 
 struct Signed {
@@ -78,7 +60,7 @@ struct Signed {
     signatures: String,
 }
 
-fn signatures(seal: &Seal, row: &EndpointRow, message: &Message) -> Result<Signed, String> {
+fn signatures(seal: &Seal, row: &EndpointRow, message: &Message) -> Result<Signed> {
     let timestamp = OffsetDateTime::now_utc().unix_timestamp();
     let mut signatures = Vec::new();
     for sealed in std::iter::once(&row.secret).chain(&row.old_secret) {
@@ -88,14 +70,7 @@ fn signatures(seal: &Seal, row: &EndpointRow, message: &Message) -> Result<Signe
     Ok(Signed { timestamp, signatures: signatures.join(" ") })
 }
 
-/// The status, and the first words of an answer that refuses.
-fn send(
-    agent: &ureq::Agent,
-    row: &EndpointRow,
-    id: Uuid,
-    signed: &Signed,
-    body: &str,
-) -> Result<(u16, Option<String>), String> {
+fn send(agent: &ureq::Agent, row: &EndpointRow, id: Uuid, signed: &Signed, body: &str) -> Result<u16> {
     let kind = match row.format.as_str() {
         "cloudevents" => "application/cloudevents+json",
         _ => "application/json",
@@ -106,17 +81,7 @@ fn send(
         .header("webhook-id", id.to_string())
         .header("webhook-timestamp", signed.timestamp.to_string())
         .header("webhook-signature", &signed.signatures);
-    let mut answer = request.send(body).map_err(|e| e.to_string())?;
-    let status = answer.status();
-    if status.is_success() {
-        return Ok((status.as_u16(), None));
-    }
-    let words = answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().unwrap_or_default();
-    let words = words.replace('\0', "");
-    Ok((
-        status.as_u16(),
-        Some(format!("the receiver answered {status}: {}", words.trim()).trim_end_matches([':', ' ']).into()),
-    ))
+    Ok(accepted("the receiver", request.send(body))?.status().as_u16())
 }
 
 #[cfg(test)]

@@ -3,12 +3,15 @@
 use std::fs;
 use std::path::PathBuf;
 
+use axum::Router;
+use axum::body::Bytes;
+use axum::http::{HeaderMap, Uri};
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use secateur::job::spec::JobSpec;
 use secateur::service::db::{Database, JobRow, Lease, NewArtifact, NewJob, Tenant};
 use secateur::service::http::{ApiKey, AppState, Roots, serve};
 use secateur::service::seal::Seal;
-use secateur::service::sinks::Reach;
+use secateur::service::sinks::{Drain, Reach, Settings, Sink};
 use secateur::service::store::{Store, epoch_prefix};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -21,6 +24,9 @@ use super::postgres;
 use super::tiny::Tiny;
 
 pub const KEY: &str = "sct_testkey1_0123456789abcdef0123456789abcdef";
+
+/// Whose repositories of the Hub jobs may name.
+pub const PUBLISH_TO: &str = "my-team";
 
 pub struct App {
     pub url: String,
@@ -59,6 +65,7 @@ impl App {
             store: store.clone(),
             seal: Seal::with(&[7; 32]),
             reach: Reach::Private,
+            publish_to: [PUBLISH_TO.to_owned()].into(),
             roots: Roots::new(&[root]).unwrap(),
             locked,
             shutdown: shutdown.clone(),
@@ -68,7 +75,14 @@ impl App {
         let (listening, stop) = (database.clone(), shutdown.clone());
         tokio::spawn(async move { listening.listen(stop).await });
         let server = tokio::spawn(serve(listener, state));
-        Self { url, database, store, shutdown, client: Client::new(), server, directory }
+        Self { url, database, store, shutdown, client: client(), server, directory }
+    }
+
+    /// Drains the outbox as the service does, with waits a thousand times shorter.
+    pub fn drain(&self, reach: Reach, named: Vec<Sink>) {
+        let settings = Settings { reach, patience: 0.001, named };
+        let (database, store, seal) = (self.database.clone(), self.store.clone(), Seal::with(&[7; 32]));
+        tokio::spawn(Drain { database, store, seal, settings }.serve(self.shutdown.clone()));
     }
 
     /// The allowed root.
@@ -132,7 +146,7 @@ impl App {
             let _ = fs::remove_file(&file);
             fs::write(&file, bytes).unwrap();
             let location = format!("{}/{path}", epoch_prefix(lease.job, lease.epoch));
-            let put = self.store.put(&location, &file).unwrap();
+            let put = self.store.put(&location, &file).await.unwrap();
             stored.push(NewArtifact {
                 path: (*path).into(),
                 sha256: put.sha256,
@@ -142,6 +156,27 @@ impl App {
         }
         self.database.finish(lease, &stored).await.unwrap();
     }
+}
+
+/// A client like any other. Which cryptography it is to use must be said, as in the program itself.
+pub fn client() -> Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Client::new()
+}
+
+/// Somebody on loopback who is told of things; gives where.
+pub async fn receive(
+    answer: impl Fn(&Method, &Uri, &HeaderMap, &[u8]) -> (StatusCode, Value) + Clone + Send + Sync + 'static,
+) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let routes =
+        Router::new().fallback(async move |method: Method, uri: Uri, headers: HeaderMap, body: Bytes| {
+            let (status, body) = answer(&method, &uri, &headers, &body);
+            (status, body.to_string())
+        });
+    tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
+    url
 }
 
 /// Asserts that `response` is a well-formed problem and gives its body.

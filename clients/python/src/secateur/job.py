@@ -149,7 +149,7 @@ class Job(JobSummary):
             have = part.stat().st_size if part.exists() and not again else 0
             headers = {"Range": f"bytes={have}-", "If-Range": f'"{artifact.sha256}"'} if 0 < have < artifact.size_bytes else {}
             if have != artifact.size_bytes or again:
-                with self._client.http.stream("GET", artifact.url, headers=headers) as answer:
+                with self._client.http.stream("GET", artifact.url, params={"proxy": 1}, headers=headers) as answer:
                     check(answer)
                     with part.open("ab" if answer.status_code == 206 else "wb") as file:
                         for chunk in answer.iter_bytes():

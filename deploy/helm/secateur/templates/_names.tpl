@@ -21,6 +21,35 @@ app.kubernetes.io/component: {{ .part }}
 {{- .Values.store.existingClaim | default (printf "%s-store" (include "secateur.name" .)) -}}
 {{- end }}
 
+{{/* Where finished files are: a volume, or a bucket. */}}
+{{- define "secateur.storeEnv" -}}
+{{- with .Values.store.s3 }}
+{{- if .url }}
+- {name: SECATEUR_STORE_URL, value: {{ .url | quote }}}
+- {name: AWS_REGION, value: {{ .region | quote }}}
+{{- with .endpoint }}
+- {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}
+{{- end }}
+{{- if .proxy }}
+- {name: SECATEUR_STORE_PROXY, value: "true"}
+{{- end }}
+{{- if .secret }}
+{{- $secret := .secret }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ . }}
+  valueFrom: {secretKeyRef: {name: {{ $secret | quote }}, key: {{ . }}}}
+{{- end }}
+{{- end }}
+{{- else }}
+- {name: SECATEUR_STORE_DIR, value: /store}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "secateur.storePort" -}}
+{{- with .Values.store.s3 }}{{ if and .url (ne (int .port) 443) }}, {port: {{ .port }}, protocol: TCP}{{ end }}{{ end }}
+{{- end }}
+
 {{- define "secateur.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
@@ -74,7 +103,7 @@ containers:
     env:
       {{- include "secateur.databaseEnv" .root | nindent 6 }}
       - {name: SECATEUR_DATA_DIR, value: /scratch}
-      - {name: SECATEUR_STORE_DIR, value: /store}
+      {{- include "secateur.storeEnv" .root | nindent 6 }}
       - {name: SECATEUR_LOG_FORMAT, value: json}
       - {name: HF_HOME, value: /scratch/hub}
       # Enough to stop at a seam, and still to give the job back before SIGKILL.
@@ -86,14 +115,18 @@ containers:
     resources: {{- toYaml $v.worker.resources | nindent 6 }}
     volumeMounts:
       - {name: work, mountPath: /scratch}
+      {{- if not $v.store.s3.url }}
       - {name: store, mountPath: /store}
+      {{- end }}
       - {name: tmp, mountPath: /tmp}
       {{- if $v.models.existingClaim }}
       - {name: models, mountPath: /models, readOnly: true}
       {{- end }}
 volumes:
+  {{- if not $v.store.s3.url }}
   - name: store
     persistentVolumeClaim: {claimName: {{ include "secateur.store" .root }}}
+  {{- end }}
   - name: tmp
     emptyDir: {}
   {{- if $v.models.existingClaim }}

@@ -6,12 +6,13 @@ import * as job from "./job.js";
 import * as jobs from "./jobs.js";
 import * as submit from "./submit.js";
 import * as sweeps from "./sweeps.js";
+import * as webhooks from "./webhooks.js";
 import * as workers from "./workers.js";
 
 const main = document.getElementById("main");
 const nav = document.getElementById("nav");
 const dialog = document.getElementById("dialog");
-const PAGES = [["#/", "Jobs"], ["#/sweeps", "Sweeps"], ["#/submit", "New job"], ["#/workers", "Workers"]];
+const PAGES = [["#/", "Jobs"], ["#/sweeps", "Sweeps"], ["#/submit", "New job"], ["#/workers", "Workers"], ["#/webhooks", "Webhooks"]];
 
 let leave = null;
 let shown = null;
@@ -28,6 +29,8 @@ function route() {
   if (parts[0] === "sweeps" && parts[1]) return ["", "Sweep", (place) => sweeps.show(place, parts[1])];
   if (parts[0] === "sweeps") return ["#/sweeps", "Sweeps", (place) => sweeps.list(place, asked)];
   if (parts[0] === "submit") return ["#/submit", "New job", (place) => submit.show(place, asked.get("like"))];
+  if (parts[0] === "webhooks" && parts[1]) return ["", "Webhook", (place) => webhooks.show(place, parts[1])];
+  if (parts[0] === "webhooks") return ["#/webhooks", "Webhooks", webhooks.all];
   if (parts[0] === "workers") return ["#/workers", "Workers", workers.show];
   return ["#/", "Jobs", (place) => jobs.show(place, asked)];
 }

@@ -11,7 +11,7 @@ export async function load(id, signal) {
   const report = has("report.json") ? await get(`/v1/jobs/${id}/report`, { signal }) : null;
   const plots = [];
   for (const file of artifacts.filter((a) => a.path.startsWith("plots/") && a.path.endsWith(".svg"))) {
-    const text = await (await call(file.url, { signal })).text();
+    const text = await (await call(`${file.url}?proxy=1`, { signal })).text();
     const url = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
     signal.addEventListener("abort", () => URL.revokeObjectURL(url));
     plots.push({ url, name: file.path.slice(6, -4), title: /<title>([^<]*)<\/title>/.exec(text)?.[1] ?? file.path });
@@ -99,13 +99,13 @@ function files(id, artifacts) {
     event.preventDefault();
     save(url, name).catch((error) => error.name !== "AbortError" && alert(error.message));
   };
-  const link = (a) => html`<tr><td><a href=${a.url} download @click=${fetch(a.url, a.path.split("/").pop())}>${a.path}</a></td>
+  const link = (a) => html`<tr><td><a href=${a.url} download @click=${fetch(`${a.url}?proxy=1`, a.path.split("/").pop())}>${a.path}</a></td>
     <td class="right">${bytes(a.size_bytes)}</td></tr>`;
   const bundle = `/v1/jobs/${id}/bundle.tar`;
   return html`<section class="card"><h2>Files</h2>
     <p class="row"><a class="button main" href=${bundle} download @click=${fetch(bundle, `${id}.tar`)}>Download all (${bytes(total)})</a>
       ${key.get() ? "" : html`<a class="button" href="/v1/jobs/${id}/report" target="_blank" rel="noopener">Open the report</a>`}</p>
     <details><summary>${artifacts.length} files</summary><table>${artifacts.map(link)}</table></details>
-    <p class="quiet">Large ones come best by <code>secateur jobs get ${id}</code>, which resumes and checks them; transformers and
+    <p class="quiet">Large ones come best by <code>secateur jobs download ${id}</code>, which resumes and checks them; transformers and
       vLLM load the result with <code>HF_ENDPOINT=${location.origin}/hf</code> and the name <code>${id}</code>.</p></section>`;
 }

@@ -1,47 +1,28 @@
-//! Where the files of finished jobs live: a directory, read by key.
-//!
-//! An attempt puts its files under `jobs/<id>/e<epoch>/`; they count only once
-//! the fenced commit names them. What no commit names is swept.
+//! A directory of files.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, SeekFrom};
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
+use futures_util::StreamExt;
 use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
+use tokio_util::io::ReaderStream;
 use uuid::Uuid;
+
+use super::{Stored, Stream};
+
+const CHUNK_BYTES: usize = 256 << 10;
 
 /// A directory of immutable files. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Store {
+pub struct Directory {
     root: PathBuf,
 }
 
-/// What was stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stored {
-    /// Hex.
-    pub sha256: String,
-    pub size_bytes: u64,
-}
-
-/// The prefix of all files of a job.
-pub fn job_prefix(job: Uuid) -> String {
-    format!("jobs/{job}")
-}
-
-/// The prefix of the files of one attempt.
-pub fn epoch_prefix(job: Uuid, epoch: i64) -> String {
-    format!("jobs/{job}/e{epoch}")
-}
-
-/// The prefix of an upload's file.
-pub fn upload_prefix(upload: Uuid) -> String {
-    format!("uploads/{upload}")
-}
-
-impl Store {
-    /// Opens the store in `root`, which is made when missing.
-    pub fn open(root: impl Into<PathBuf>) -> io::Result<Self> {
+impl Directory {
+    pub(super) fn open(root: impl Into<PathBuf>) -> io::Result<Self> {
         let root = root.into();
         fs::create_dir_all(&root)?;
         Ok(Self { root: root.canonicalize()? })
@@ -52,27 +33,39 @@ impl Store {
     /// # Errors
     /// [`io::ErrorKind::NotFound`] when there is none, [`io::ErrorKind::InvalidInput`] for
     /// a key that is not a plain relative path.
-    pub fn path(&self, key: &str) -> io::Result<PathBuf> {
+    pub(super) fn path(&self, key: &str) -> io::Result<PathBuf> {
         let path = self.resolve(key)?;
         if path.is_file() { Ok(path) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
-    /// Where the file behind `key` is to be written, its directory made.
-    pub fn place(&self, key: &str) -> io::Result<PathBuf> {
+    pub(super) async fn read(&self, key: &str, size_bytes: u64, part: Range<u64>) -> io::Result<Stream> {
+        let mut file = tokio::fs::File::open(self.path(key)?).await?;
+        if file.metadata().await?.len() != size_bytes {
+            return Err(io::Error::other("it has not its recorded length"));
+        }
+        file.seek(SeekFrom::Start(part.start)).await?;
+        let part = file.take(part.end - part.start);
+        Ok(ReaderStream::with_capacity(part, CHUNK_BYTES).boxed())
+    }
+
+    /// To write the file behind `key` from byte `start` on, its directory made.
+    pub(super) async fn part(&self, key: &str, start: u64) -> io::Result<FileWriter> {
         let path = self.resolve(key)?;
         fs::create_dir_all(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?;
-        Ok(path)
+        let mut file =
+            tokio::fs::OpenOptions::new().create(true).truncate(false).write(true).open(path).await?;
+        file.seek(SeekFrom::Start(start)).await?;
+        Ok(FileWriter(file))
     }
 
     /// What the file behind `key` comes to now.
-    pub fn digest(&self, key: &str) -> io::Result<Stored> {
+    pub(super) fn digest(&self, key: &str) -> io::Result<Stored> {
         digest(&self.path(key)?)
     }
 
-    /// Stores a copy of `file` under `key`, durably: hashed, written, synced.
     /// Shares the disk blocks by a hard link where the file system allows it, so
     /// `file` must not be written to afterwards.
-    pub fn put(&self, key: &str, file: &Path) -> io::Result<Stored> {
+    pub(super) fn put(&self, key: &str, file: &Path) -> io::Result<Stored> {
         let target = self.resolve(key)?;
         let parent = target.parent().ok_or(io::ErrorKind::InvalidInput)?;
         fs::create_dir_all(parent)?;
@@ -90,7 +83,7 @@ impl Store {
     }
 
     /// Removes everything under `prefix`. Nothing there is no error.
-    pub fn remove(&self, prefix: &str) -> io::Result<()> {
+    pub(super) fn remove(&self, prefix: &str) -> io::Result<()> {
         match fs::remove_dir_all(self.resolve(prefix)?) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             Err(_) | Ok(()) => Ok(()),
@@ -98,7 +91,7 @@ impl Store {
     }
 
     /// The attempts that have files here, as (job, epoch).
-    pub fn epochs(&self) -> io::Result<Vec<(Uuid, i64)>> {
+    pub(super) fn epochs(&self) -> io::Result<Vec<(Uuid, i64)>> {
         let mut found = Vec::new();
         for job in names(&self.root.join("jobs"))? {
             let Ok(id) = job.parse::<Uuid>() else { continue };
@@ -112,7 +105,7 @@ impl Store {
     }
 
     /// The uploads that have a file here.
-    pub fn uploads(&self) -> io::Result<Vec<Uuid>> {
+    pub(super) fn uploads(&self) -> io::Result<Vec<Uuid>> {
         Ok(names(&self.root.join("uploads"))?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
@@ -120,6 +113,20 @@ impl Store {
         let path = Path::new(key);
         let plain = !key.is_empty() && path.components().all(|c| matches!(c, Component::Normal(_)));
         if plain { Ok(self.root.join(path)) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+}
+
+/// A file that is being written from some byte on.
+pub struct FileWriter(tokio::fs::File);
+
+impl FileWriter {
+    pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes).await
+    }
+
+    pub(super) async fn finish(mut self) -> io::Result<()> {
+        self.0.flush().await?;
+        self.0.sync_all().await
     }
 }
 
