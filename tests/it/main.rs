@@ -57,6 +57,8 @@ mod heal_stage;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod jobs_command;
 #[cfg(feature = "service")]
+mod lease_model;
+#[cfg(feature = "service")]
 mod leases;
 #[cfg(feature = "service")]
 mod local_pg;

@@ -123,7 +123,7 @@ async fn retry(
             return Err(Problem::new(Code::StateConflict, detail));
         }
     }
-    let again = NewJob { priority: old.priority, retry_of: Some(id), ..NewJob::new(old.spec) };
+    let again = NewJob { retry_of: Some(id), ..NewJob::new(old.spec) };
     submit(&state, tenant, again, once).await
 }
 

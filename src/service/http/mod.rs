@@ -15,7 +15,7 @@ use crate::service::store::Store;
 use crate::service::telemetry;
 
 pub use admission::Roots;
-pub use auth::{ApiKey, may_bind};
+pub use auth::{ApiKey, Lock, Scope, may_bind};
 pub use health::serve_metrics;
 pub use openapi::document;
 
@@ -32,6 +32,7 @@ mod health;
 mod hub;
 mod job;
 mod jobs;
+mod keys;
 mod models;
 mod openapi;
 mod page;
@@ -55,8 +56,8 @@ pub struct AppState {
     pub seal: Seal,
     /// Where receivers of messages may be.
     pub reach: Reach,
-    /// A key of the database opens the API; otherwise only this machine may call.
-    pub locked: bool,
+    /// Whether a key must open the API, or this machine may call without.
+    pub lock: Lock,
     /// Cancelled when the service begins to shut down.
     pub shutdown: CancellationToken,
 }

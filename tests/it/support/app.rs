@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use secateur::job::spec::JobSpec;
 use secateur::service::db::{Database, JobRow, Lease, NewArtifact, NewJob, Tenant};
-use secateur::service::http::{ApiKey, AppState, Roots, serve};
+use secateur::service::http::{ApiKey, AppState, Lock, Roots, serve};
 use secateur::service::seal::Seal;
 use secateur::service::sinks::Reach;
 use secateur::service::store::{Store, epoch_prefix};
@@ -60,7 +60,7 @@ impl App {
             seal: Seal::with(&[7; 32]),
             reach: Reach::Private,
             roots: Roots::new(&[root]).unwrap(),
-            locked,
+            lock: Lock::new(&database).await.unwrap(),
             shutdown: shutdown.clone(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
