@@ -259,6 +259,9 @@ pub struct WorkArgs {
     /// Memory that a job works in, such as `12GiB`; three quarters of what is free when absent.
     #[arg(long, value_name = "SIZE", value_parser = super::size::bytes)]
     memory_limit: Option<u64>,
+    /// What jobs may ask of this worker in `resources.labels`; give it again for another.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
+    labels: Vec<(String, String)>,
     /// How long a lease lives without a heartbeat.
     #[arg(long, hide = true, env = "SECATEUR_LEASE_TTL_MS", default_value_t = 60_000)]
     lease_ttl_ms: u64,
@@ -271,6 +274,13 @@ pub struct WorkArgs {
     /// Run this program instead of our own `run`.
     #[arg(long, hide = true, env = "SECATEUR_CHILD_PROGRAM")]
     child_program: Option<PathBuf>,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
+        _ => Err("a label is written as key=value".into()),
+    }
 }
 
 impl WorkArgs {
@@ -286,6 +296,8 @@ impl WorkArgs {
         settings.flags = flag("--threads", self.threads.map(u64::from))
             .chain(flag("--memory-limit", self.memory_limit))
             .collect();
+        settings.labels = self.labels.iter().cloned().collect();
+        settings.memory_bytes = self.memory_limit;
         if let Some(program) = &self.child_program {
             settings.program = vec![program.into()];
         }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::options::{self, DataArgs, DatabaseArgs, KeyArgs, LogArgs, SinkArgs, WorkArgs};
 use crate::service::db::{Database, Tenant};
-use crate::service::http::{self, AppState, Roots};
+use crate::service::http::{self, AppState, Lock, Roots};
 use crate::service::local_pg::LocalPg;
 use crate::service::seal::Seal;
 use crate::service::sinks::{self, Drain};
@@ -22,6 +22,8 @@ use crate::worker::{self, Shutdown};
 
 /// How often to look whether the private PostgreSQL is alive.
 const WATCH_EVERY: Duration = Duration::from_millis(500);
+/// How often to look for jobs that have waited too long.
+const EXPIRE_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -128,7 +130,7 @@ pub struct Door {
     seal: Seal,
     sinks: sinks::Settings,
     roots: Roots,
-    locked: bool,
+    lock: Lock,
 }
 
 impl ServeArgs {
@@ -140,11 +142,11 @@ impl ServeArgs {
         if let Some(key) = self.key.key()? {
             database.key_put(&key.row(Tenant::DEFAULT, "given at the start")).await?;
         }
-        let locked = database.key_exists().await?;
-        http::may_bind(self.bind, locked).map_err(anyhow::Error::msg)?;
+        let lock = Lock::new(database).await?;
+        http::may_bind(self.bind, lock.is_closed()).map_err(anyhow::Error::msg)?;
         let listener = TcpListener::bind(self.bind).await;
         let listener = listener.with_context(|| format!("cannot listen on {}", self.bind))?;
-        Ok(Door { listener, seal, sinks: self.sinks.settings()?, roots, locked })
+        Ok(Door { listener, seal, sinks: self.sinks.settings()?, roots, lock })
     }
 }
 
@@ -158,20 +160,33 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let listening = database.clone();
     tokio::spawn(async move { listening.listen(background).await });
-    let Door { listener, seal, sinks, roots, locked } = door;
+    let Door { listener, seal, sinks, roots, lock } = door;
     let reach = sinks.reach;
     let publish_to = sinks.publish_to().into();
     let (told, files) = (database.clone(), store.clone());
     let drain = Drain { database: told, store: files, seal: seal.clone(), settings: sinks };
     tokio::spawn(drain.serve(shutdown.drain.clone()));
-    let state =
-        AppState { database, store, seal, reach, publish_to, roots, locked, shutdown: shutdown.drain };
+    tokio::spawn(expire(database.clone(), shutdown.drain.clone()));
+    let state = AppState { database, store, seal, reach, publish_to, roots, lock, shutdown: shutdown.drain };
     let address = listener.local_addr()?;
     println!("listening on http://{address}");
     tracing::info!(%address, "ready");
     tokio::select! {
         served = http::serve(listener, state) => Ok(served?),
         () = shutdown.hurry.cancelled() => Ok(()),
+    }
+}
+
+/// Ends jobs that have waited too long; workers do, too, but perhaps there is none.
+async fn expire(database: Database, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        if let Err(error) = database.expire().await {
+            tracing::debug!(%error, "cannot look for jobs that have waited too long");
+        }
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(EXPIRE_EVERY) => {}
+        }
     }
 }
 

@@ -509,13 +509,14 @@ impl Run<'_> {
     }
 }
 
-/// `spec` by what it names: not where that lies, nor how the job is called.
+/// `spec` by what it names: not where that lies, how the job is called, nor when and where it may run.
 fn spec_by_content(spec: &JobSpec) -> Result<JobSpec> {
     let mut spec = spec.clone();
     for (_, corpus) in spec.corpora_mut() {
         *corpus = by_content(corpus)?;
     }
     (spec.name, spec.labels) = Default::default();
+    (spec.priority, spec.deadlines, spec.resources) = Default::default();
     spec.model = ModelSource::Path { path: String::new() };
     Ok(spec)
 }

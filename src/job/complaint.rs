@@ -100,6 +100,8 @@ mod tests {
     fn full() -> Value {
         json!({
             "name": "n", "labels": {"team": "nlp"}, "preset": "seed", "seed": 7,
+            "priority": -3, "deadlines": {"max_queue_s": 60, "max_run_s": 3600},
+            "resources": {"labels": {"gpu": "a100"}, "min_memory_bytes": 1000, "in_memory": true},
             "model": {"from": "hub", "repo": "org/name", "revision": "main"},
             "calibration": {
                 "corpus": {"from": "hub", "repo": "allenai/c4", "file": "a/b.jsonl", "revision": "main"},

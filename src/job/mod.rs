@@ -9,6 +9,7 @@ pub mod budget;
 pub mod complaint;
 pub mod eval;
 pub mod heal;
+pub mod placement;
 pub mod plan;
 pub mod preset;
 pub mod progress;

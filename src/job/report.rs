@@ -411,6 +411,10 @@ pub enum FailureKind {
     Crash,
     /// Too many attempts ended without a result.
     AttemptsSpent,
+    /// It waited longer for a worker than `deadlines.max_queue_s` allows.
+    QueueDeadline,
+    /// It ran longer than `deadlines.max_run_s` allows.
+    RunDeadline,
     /// Our own fault.
     Bug,
 }
@@ -428,6 +432,8 @@ impl FailureKind {
             | Self::OutOfMemory
             | Self::Rejected
             | Self::AttemptsSpent
+            | Self::QueueDeadline
+            | Self::RunDeadline
             | Self::Bug => false,
         }
     }

@@ -1,5 +1,7 @@
 //! The rules a spec must keep, beyond its shape.
 
+use std::collections::BTreeMap;
+
 use super::benchmark::Benchmark;
 use super::complaint::Complaint;
 use super::preset::ModelFacts;
@@ -14,6 +16,9 @@ const MAX_SEQ_LEN: u32 = 1 << 20;
 const MAX_COUNT: u32 = 1 << 24;
 const MAX_TEXT_BYTES: usize = 8 << 20;
 const MAX_SHOTS: u32 = 64;
+/// A year.
+const MAX_DEADLINE_S: u32 = 366 * 24 * 3600;
+const MAX_MEMORY_BYTES: u64 = 1 << 50;
 
 impl JobSpec {
     /// All that is wrong with the spec and can be known without the model.
@@ -21,6 +26,7 @@ impl JobSpec {
     pub fn validate(&self) -> Vec<Complaint> {
         let mut out = Complaints::default();
         self.check_names(&mut out);
+        self.check_placement(&mut out);
         self.check_model(&mut out);
         let c = &self.calibration;
         check_corpus(&c.corpus, "/calibration/corpus", &mut out);
@@ -115,14 +121,19 @@ impl JobSpec {
         if self.name.as_ref().is_some_and(|n| n.is_empty() || n.chars().count() > 200) {
             out.add("/name", "must have 1 to 200 characters");
         }
-        if self.labels.len() > 64 {
-            out.add("/labels", "at most 64 labels");
-        }
-        for (key, value) in &self.labels {
-            if key.is_empty() || key.len() > 64 || value.len() > 256 {
-                let key = key.replace('~', "~0").replace('/', "~1");
-                out.add(&format!("/labels/{key}"), "a key has 1 to 64 bytes, a value at most 256");
+        check_labels(&self.labels, "/labels", out);
+    }
+
+    fn check_placement(&self, out: &mut Complaints) {
+        let limits = [("max_queue_s", self.deadlines.max_queue_s), ("max_run_s", self.deadlines.max_run_s)];
+        for (name, seconds) in limits {
+            if let Some(seconds) = seconds {
+                out.range(&format!("/deadlines/{name}"), seconds, 1, MAX_DEADLINE_S);
             }
+        }
+        check_labels(&self.resources.labels, "/resources/labels", out);
+        if self.resources.min_memory_bytes.is_some_and(|bytes| bytes > MAX_MEMORY_BYTES) {
+            out.add("/resources/min_memory_bytes", "is more than any machine has");
         }
     }
 
@@ -298,6 +309,19 @@ impl Complaints {
     fn positive(&mut self, pointer: &str, value: Option<f64>, high: f64) {
         if value.is_some_and(|v| !(v > 0.0 && v <= high)) {
             self.add(pointer, format!("must be more than 0 and at most {high}"));
+        }
+    }
+}
+
+/// Labels of a job, or of the workers it may run on.
+fn check_labels(labels: &BTreeMap<String, String>, at: &str, out: &mut Complaints) {
+    if labels.len() > 64 {
+        out.add(at, "at most 64 labels");
+    }
+    for (key, value) in labels {
+        if key.is_empty() || key.len() > 64 || value.len() > 256 {
+            let key = key.replace('~', "~0").replace('/', "~1");
+            out.add(&format!("{at}/{key}"), "a key has 1 to 64 bytes, a value at most 256");
         }
     }
 }

@@ -164,11 +164,12 @@ impl Walk<'_> {
                 }
             }
             Value::Number(number) => {
-                let (format, number) = (schema["format"].as_str().unwrap_or_default(), number.clone());
-                if format == "int32" && number.as_u64().is_none_or(|n| n > u64::from(u32::MAX)) {
-                    self.replace(schema, value, at, format!("must be from 0 to {}, not {number}", u32::MAX));
-                } else if format == "int64" && number.as_u64().is_none() {
-                    self.replace(schema, value, at, format!("must be from 0 to {}, not {number}", u64::MAX));
+                let number = number.clone();
+                let whole = number.as_i64().map(i128::from).or(number.as_u64().map(i128::from));
+                if let Some((low, high)) = whole_numbers(schema)
+                    && whole.is_none_or(|n| !(low..=high).contains(&n))
+                {
+                    self.replace(schema, value, at, format!("must be from {low} to {high}, not {number}"));
                 }
             }
             Value::String(text) if schema["format"] == "uuid" && uuid::Uuid::parse_str(text).is_err() => {
@@ -304,6 +305,20 @@ fn fits(name: &str, value: &Value) -> bool {
         Value::Array(_) => name == "array",
         Value::Object(_) => name == "object",
     }
+}
+
+/// The least and the greatest whole number that fits. What has a bound below has no sign, unless that is below 0.
+fn whole_numbers(schema: &Value) -> Option<(i128, i128)> {
+    let given = |name: &str| schema[name].as_f64().map(|bound| bound as i128);
+    let least = given("minimum");
+    let most = match (schema["format"].as_str()?, least) {
+        ("int32", None) => i128::from(i32::MAX),
+        ("int32", Some(_)) => i128::from(u32::MAX),
+        ("int64", None) => i128::from(i64::MAX),
+        ("int64", Some(_)) => i128::from(u64::MAX),
+        _ => return None,
+    };
+    Some((least.unwrap_or(-most - 1), given("maximum").unwrap_or(most)))
 }
 
 fn wanted(types: &[&str]) -> String {

@@ -11,6 +11,7 @@ pub use super::eval::{EvalSpec, Gates, GenerationSpec, OnReject, OverlapPolicy, 
 pub use super::heal::{
     FullSpec, HealMethod, LeastSquaresSpec, PartialSpec, QloraSpec, ReconstructSpec, RescaleSpec,
 };
+pub use super::placement::{Deadlines, Resources};
 pub use super::prune::{DamageMeasure, DamageSpec, Measures, PruneAmount, PruneSpec, Strategy};
 pub use super::training::{BaseBits, BaseFormat, DistillSpec, FourBits, MomentBits, Schedule, TrainingSpec};
 
@@ -48,6 +49,18 @@ pub struct JobSpec {
     /// Seeds everything that is drawn at random: same seed, same bytes.
     #[serde(default)]
     pub seed: u64,
+    /// Of the jobs of one tenant that wait, those of higher priority go first.
+    #[serde(default, skip_serializing_if = "is_default")]
+    #[schema(minimum = -100, maximum = 100)]
+    pub priority: i16,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub deadlines: Deadlines,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub resources: Resources,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl JobSpec {

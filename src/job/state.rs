@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use super::report::FailureKind;
 
 /// Where a job is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum JobState {
     Queued,
@@ -18,7 +18,7 @@ pub enum JobState {
 }
 
 /// What the user wishes; it stands beside the state, in a column of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Wish {
     Cancel,
@@ -66,6 +66,8 @@ pub enum Change {
     Stopped {
         wish: Option<Wish>,
     },
+    /// A deadline of the job has passed while it waits, or would wait again.
+    Expire,
     /// The lease ran out: the worker is gone. `crashes_left` says whether the
     /// job may try once more or has proved to be poison.
     LeaseExpired {
@@ -113,6 +115,7 @@ impl JobState {
             (Self::Queued, C::Claim) => Self::Running,
             (Self::Queued | Self::Paused, C::RequestCancel) => Self::Cancelled,
             (Self::Queued, C::RequestPause) => Self::Paused,
+            (Self::Queued, C::Expire) => Self::Failed,
             (Self::Paused, C::Resume) => Self::Queued,
             // The wish is noted; the worker hears it with its next heartbeat.
             (Self::Running, C::RequestCancel | C::RequestPause) => Self::Running,

@@ -142,7 +142,7 @@ impl SweepSpec {
                 add(&format!("/axes/heal/{i}/name"), format!("`{}` is there already", variant.name));
             }
         }
-        let count = [self.amounts().len(), axes.strategy.len(), axes.heal.len(), axes.seed.len()];
+        let count = [self.amount_count(), axes.strategy.len(), axes.heal.len(), axes.seed.len()];
         let count = count.into_iter().fold(1usize, |product, n| product.saturating_mul(n.max(1)));
         if count > MOST_CHILDREN {
             add("/axes", format!("make {count} jobs; a sweep may have {MOST_CHILDREN}: take values away"));
@@ -151,6 +151,15 @@ impl SweepSpec {
             add("/axes", "make one job only; give an axis several values, or run the job alone".into());
         }
         out
+    }
+
+    /// How many there are, without making them: a range may be of thousands of millions.
+    fn amount_count(&self) -> usize {
+        let range = self
+            .axes
+            .layers
+            .map_or(0, |LayerRange { from, to, step }| (to - from) as usize / step as usize + 1);
+        self.axes.amount.len() + range
     }
 
     fn amounts(&self) -> Vec<PruneAmount> {

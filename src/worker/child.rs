@@ -174,6 +174,7 @@ async fn supervise(worker: &Worker, keeper: &Keeper, child: &mut Child, lost: &C
                     Renewal::Go => {}
                     Renewal::Cancel => ask = Some("cancelled by the user"),
                     Renewal::Pause => ask = Some("paused by the user"),
+                    Renewal::Spent => ask = Some("its time to run is spent"),
                     Renewal::Lost => lost.cancel(),
                 },
             },

@@ -18,6 +18,7 @@ mod product;
 mod record;
 mod steward;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -48,6 +49,10 @@ pub struct Settings {
     pub program: Vec<OsString>,
     /// Flags of `run`: what a child may take of the machine.
     pub flags: Vec<OsString>,
+    /// What jobs may ask of their worker.
+    pub labels: BTreeMap<String, String>,
+    /// Memory that a job may work in; the usual share of the machine's when absent.
+    pub memory_bytes: Option<u64>,
     /// How long a lease lives without a heartbeat.
     pub ttl: Duration,
     /// How often to look for work when no signal comes.
@@ -72,6 +77,8 @@ impl Settings {
             data,
             program: vec![std::env::current_exe()?.into()],
             flags: Vec::new(),
+            labels: BTreeMap::new(),
+            memory_bytes: None,
             ttl: Duration::from_secs(60),
             poll: Duration::from_secs(5),
             stop_grace: Duration::from_secs(60),
@@ -193,6 +200,9 @@ impl Worker {
     /// Makes itself known, and takes away the leases of the worker that sat
     /// here before: holding its seat is the proof that it is dead.
     async fn announce(&self) -> Result<(), Error> {
+        let memory_bytes = machine_memory_bytes();
+        // A child that is not told takes three quarters of what is free; of the machine's that is the most it may come to.
+        let usual = memory_bytes / 4 * 3;
         let me = WorkerSelf {
             id: self.id,
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -200,7 +210,12 @@ impl Worker {
             device: self.device.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             core_count: std::thread::available_parallelism().map_or(1, |n| n.get() as i32),
-            memory_bytes: machine_memory_bytes(),
+            memory_bytes,
+            job_memory_bytes: self
+                .settings
+                .memory_bytes
+                .map_or(usual, |n| i64::try_from(n).unwrap_or(i64::MAX)),
+            labels: self.settings.labels.clone(),
         };
         self.database.worker_started(&me).await?;
         let dead = self.database.reap(Dead::Worker(self.id), self.settings.limits).await?;

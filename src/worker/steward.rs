@@ -157,6 +157,9 @@ impl Steward {
                 tracing::warn!(%error, "cannot look for dead leases");
                 continue;
             }
+            if let Err(error) = self.database.expire().await {
+                tracing::warn!(%error, "cannot look for jobs that have waited too long");
+            }
             if swept.is_none_or(|at| at.elapsed() >= SWEEP_EVERY) {
                 swept = Some(Instant::now());
                 if let Err(error) = self.sweep().await {

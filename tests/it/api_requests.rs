@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::support::app::{App, problem};
+use crate::support::postgres::worker;
 
 async fn create(app: &App, key: &str, spec: &Value) -> Response {
     app.post("/v1/jobs").header("idempotency-key", key).json(spec).send().await.unwrap()
@@ -210,23 +211,20 @@ async fn the_list_is_walked_both_ways_and_cut_by_time() {
 async fn the_workers_are_listed_with_what_they_have_and_do() {
     let app = App::start().await;
     assert_eq!(app.json("/v1/workers").await["data"], json!([]));
-    let me = WorkerSelf {
-        id: Uuid::now_v7(),
-        host: "node-1".into(),
-        pid: 1,
-        device: "cpu".into(),
-        version: "0.1.0".into(),
-        core_count: 8,
-        memory_bytes: 1 << 34,
-    };
+    let labels = [("gpu".to_string(), "a100".to_string())].into();
+    let me = WorkerSelf { labels, ..worker(Uuid::now_v7(), "cpu") };
     app.database.worker_started(&me).await.unwrap();
-    let worker = app.json("/v1/workers").await["data"][0].clone();
+    let shown = app.json("/v1/workers").await["data"][0].clone();
     assert_eq!(
-        (&worker["id"], &worker["device"], &worker["core_count"], &worker["memory_bytes"], &worker["busy"]),
-        (&json!(me.id), &json!("cpu"), &json!(8), &json!(1_u64 << 34), &json!(false))
+        (&shown["id"], &shown["device"], &shown["core_count"], &shown["memory_bytes"], &shown["busy"]),
+        (&json!(me.id), &json!("cpu"), &json!(2), &json!(16_u64 << 30), &json!(false))
+    );
+    assert_eq!(
+        (&shown["job_memory_bytes"], &shown["labels"]),
+        (&json!(12_u64 << 30), &json!({"gpu": "a100"}))
     );
     let id = app.enqueue("works").await.id;
     app.database.claim(me.id, Duration::from_secs(60)).await.unwrap().unwrap();
-    let worker = app.json("/v1/workers").await["data"][0].clone();
-    assert_eq!((&worker["busy"], &worker["job_id"]), (&json!(true), &json!(id)));
+    let shown = app.json("/v1/workers").await["data"][0].clone();
+    assert_eq!((&shown["busy"], &shown["job_id"]), (&json!(true), &json!(id)));
 }

@@ -77,6 +77,11 @@ async fn all_that_is_wrong_with_any_job_of_a_sweep_is_said_once_and_nothing_is_m
     spec["axes"]["tempo"] = json!([1]);
     let body = problem(app.post("/v1/sweeps").json(&spec).send().await.unwrap(), 422, "invalid-spec").await;
     assert!(body["errors"][0]["pointer"] == "/axes/tempo", "{body}");
+    // Thousands of millions are counted, not made: that would take all memory there is.
+    let mut spec = sweep(&app, &[1, 2]);
+    spec["axes"] = json!({"layers": {"from": 1, "to": u32::MAX, "step": 1}});
+    let body = problem(app.post("/v1/sweeps").json(&spec).send().await.unwrap(), 422, "invalid-spec").await;
+    assert!(body["detail"].as_str().unwrap().contains("4294967295 jobs"), "{body}");
     assert!(app.json("/v1/jobs").await["data"].as_array().unwrap().is_empty());
 }
 

@@ -261,7 +261,8 @@ async fn a_key_opens_until_it_expires_or_is_revoked() {
     let past = OffsetDateTime::now_utc() - Duration::from_secs(3600);
     database.key_put(&key("old", Some(past))).await.unwrap();
     assert_eq!(database.key("old").await.unwrap(), None);
-    assert!(!database.key_exists().await.unwrap());
+    assert!(database.key_exists().await.unwrap(), "time does not open the door");
+    assert!(!database.key_exists_with(TENANT, "admin").await.unwrap());
     database.key_put(&key("new", None)).await.unwrap();
     let row = database.key("new").await.unwrap().unwrap();
     assert_eq!((row.tenant, &row.sha256[..], row.last_used_at), (TENANT, &[7; 32][..], None));

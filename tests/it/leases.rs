@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use secateur::job::progress::{Event, Stage};
 use secateur::job::report::{Failure, FailureKind};
+use secateur::job::spec::JobSpec;
 use secateur::job::state::JobState;
 use secateur::service::db::{
-    Database, Dead, Error, Lease, Limits, NewArtifact, NewJob, Progress, Renewal, Tenant,
+    Database, Dead, Error, JobRow, Lease, Limits, NewArtifact, NewJob, Progress, Renewal, Tenant, WorkerSelf,
 };
+use serde_json::{Value, json};
 use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::db::{insert, job, log};
-use crate::support::postgres::{connect, fresh, fresh_options};
+use crate::support::postgres::{connect, fresh, fresh_options, worker};
 
 const TENANT: Tenant = Tenant::DEFAULT;
 const TTL: Duration = Duration::from_secs(60);
@@ -31,7 +33,7 @@ async fn expired(database: &Database) -> Lease {
     lease
 }
 
-fn failure(kind: FailureKind) -> Failure {
+fn failure_of(kind: FailureKind) -> Failure {
     Failure { kind, stage: Some(Stage::Heal), message: "it broke".into() }
 }
 
@@ -48,13 +50,146 @@ fn file(lease: Lease) -> NewArtifact {
 async fn the_most_important_job_goes_first_then_the_oldest() {
     let database = fresh().await;
     for (name, priority) in [("old", 0), ("young", 0), ("urgent", 5)] {
-        database.job_insert(TENANT, &NewJob { priority, ..job(name) }).await.unwrap();
+        with(&database, TENANT, name, json!({"priority": priority})).await;
     }
     let mut order = Vec::new();
     while let Some((_, row)) = database.claim(Uuid::new_v4(), TTL).await.unwrap() {
         order.push(row.name.unwrap());
     }
     assert_eq!(order, ["urgent", "old", "young"]);
+}
+
+/// Puts in a job whose spec has `more`.
+async fn with(database: &Database, tenant: Tenant, name: &str, more: Value) -> Uuid {
+    let mut spec = serde_json::to_value(job(name).spec).unwrap();
+    spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let job = NewJob::new(JobSpec::read(spec).unwrap());
+    database.job_insert(tenant, &job).await.unwrap().id
+}
+
+#[tokio::test]
+async fn priorities_order_the_jobs_of_a_tenant_and_hold_up_no_other() {
+    let options = fresh_options().await;
+    let database = connect(&options).await;
+    database.migrate().await.unwrap();
+    let pool = sqlx::PgPool::connect_with(options).await.unwrap();
+    sqlx::query("insert into tenants (id, name) values (2, 'other')").execute(&pool).await.unwrap();
+    for name in ["a", "b", "c"] {
+        with(&database, TENANT, name, json!({"priority": 100})).await;
+    }
+    for (name, priority) in [("x", -100), ("y", 0)] {
+        with(&database, Tenant(2), name, json!({"priority": priority})).await;
+    }
+    let mut order = String::new();
+    while let Some((_, row)) = database.claim(Uuid::new_v4(), TTL).await.unwrap() {
+        order += &row.name.unwrap();
+    }
+    assert_eq!(order, "aybxc", "each in turn, and of each the most important");
+}
+
+#[tokio::test]
+async fn a_job_goes_only_to_a_worker_that_has_what_it_asks_for() {
+    let database = fresh().await;
+    let (plain, gpu) = (Uuid::from_u128(1), Uuid::from_u128(2));
+    database.worker_started(&worker(plain, "cpu")).await.unwrap();
+    let labels = [("gpu", "a100"), ("zone", "b")].map(|(k, v)| (k.to_string(), v.to_string())).into();
+    let large = WorkerSelf { labels, job_memory_bytes: 80 << 30, ..worker(gpu, "cuda:0") };
+    database.worker_started(&large).await.unwrap();
+    for (name, resources) in [
+        ("labelled", json!({"labels": {"gpu": "a100"}})),
+        ("large", json!({"min_memory_bytes": 40_u64 << 30})),
+        ("nowhere", json!({"labels": {"gpu": "a100", "zone": "a"}})),
+        ("anywhere", json!({"min_memory_bytes": 12_u64 << 30})),
+    ] {
+        with(&database, TENANT, name, json!({"resources": resources})).await;
+    }
+    let name = |claimed: Option<(Lease, JobRow)>| claimed.map(|(_, row)| row.name.unwrap());
+    // One that is nobody known has no labels and no memory to speak of.
+    assert_eq!(name(database.claim(Uuid::new_v4(), TTL).await.unwrap()), None);
+    assert_eq!(name(database.claim(plain, TTL).await.unwrap()).unwrap(), "anywhere");
+    assert_eq!(name(database.claim(plain, TTL).await.unwrap()), None);
+    for expected in [Some("labelled".to_string()), Some("large".into()), None] {
+        assert_eq!(name(database.claim(gpu, TTL).await.unwrap()), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_job_that_has_waited_as_long_as_it_may_is_not_begun_and_fails() {
+    let database = fresh().await;
+    let late = with(&database, TENANT, "late", json!({"deadlines": {"max_queue_s": 1}})).await;
+    let patient = with(&database, TENANT, "patient", json!({"deadlines": {"max_queue_s": 1000}})).await;
+    assert_eq!(database.expire().await.unwrap(), 0);
+    sleep(Duration::from_millis(1100)).await;
+    assert_eq!(claim(&database).await.job, patient, "the other is too late, found out or not");
+    assert_eq!(database.expire().await.unwrap(), 1);
+    let row = database.job(TENANT, late).await.unwrap().unwrap();
+    let failure = row.failure.unwrap();
+    assert_eq!((row.state, failure.kind), (JobState::Failed, FailureKind::QueueDeadline));
+    assert!(
+        failure.message.contains("deadlines.max_queue_s") && failure.message.contains("1 s"),
+        "{failure}"
+    );
+    log(&database, late).await;
+}
+
+#[tokio::test]
+async fn each_wait_has_the_whole_deadline_and_a_pause_is_no_wait() {
+    let database = fresh().await;
+    let id = with(&database, TENANT, "job", json!({"deadlines": {"max_queue_s": 1}})).await;
+    database.job_pause(TENANT, id).await.unwrap();
+    sleep(Duration::from_millis(1100)).await;
+    assert_eq!(database.expire().await.unwrap(), 0);
+    database.job_resume(TENANT, id).await.unwrap();
+    assert_eq!(database.expire().await.unwrap(), 0, "it waits only since it was resumed");
+    assert_eq!(claim(&database).await.job, id);
+}
+
+#[tokio::test]
+async fn running_time_is_counted_over_all_attempts_and_its_deadline_ends_them() {
+    let database = fresh().await;
+    let spec = json!({"deadlines": {"max_run_s": 1}});
+    let id = with(&database, TENANT, "long", spec.clone()).await;
+    let lease = claim(&database).await;
+    sleep(Duration::from_millis(600)).await;
+    assert_eq!(database.renew(lease, TTL, None).await.unwrap(), Renewal::Go);
+    assert_eq!(database.release(lease, "drained").await.unwrap(), JobState::Queued);
+    let ran = database.job(TENANT, id).await.unwrap().unwrap().run_seconds;
+    assert!((0.6..1.0).contains(&ran), "{ran}");
+    let lease = claim(&database).await;
+    sleep(Duration::from_millis(500)).await;
+    assert_eq!(database.renew(lease, TTL, None).await.unwrap(), Renewal::Spent);
+    assert_eq!(database.release(lease, "its time to run is spent").await.unwrap(), JobState::Failed);
+    let row = database.job(TENANT, id).await.unwrap().unwrap();
+    let failure = row.failure.unwrap();
+    assert_eq!(failure.kind, FailureKind::RunDeadline);
+    assert!(
+        failure.message.contains("deadlines.max_run_s") && failure.message.contains("retry"),
+        "{failure}"
+    );
+
+    // The user's wish has the word; a result that comes late is a result; and nobody tries again what is spent.
+    for (name, ended) in [
+        ("cancel", JobState::Cancelled),
+        ("finish", JobState::Succeeded),
+        ("fail", JobState::Failed),
+        ("reap", JobState::Failed),
+    ] {
+        let id = with(&database, TENANT, name, spec.clone()).await;
+        let lease = if name == "reap" { expired(&database).await } else { claim(&database).await };
+        sleep(Duration::from_millis(1050)).await;
+        match name {
+            "cancel" => {
+                database.job_cancel(TENANT, id).await.unwrap();
+                assert_eq!(database.renew(lease, TTL, None).await.unwrap(), Renewal::Cancel);
+                database.release(lease, "cancelled").await.unwrap();
+            }
+            "finish" => database.finish(lease, &[file(lease)]).await.unwrap(),
+            "fail" => drop(database.fail(lease, &failure_of(FailureKind::Device), AT_ONCE).await.unwrap()),
+            _ => assert_eq!(database.reap(Dead::Expired, AT_ONCE).await.unwrap(), 1),
+        }
+        assert_eq!(database.job(TENANT, id).await.unwrap().unwrap().state, ended, "{name}");
+        log(&database, id).await;
+    }
 }
 
 #[tokio::test]
@@ -76,7 +211,7 @@ async fn the_epoch_is_the_fence_and_not_the_clock() {
     assert!(matches!(database.record(old, &told).await, Err(Error::LeaseLost)));
     assert!(matches!(database.finish(old, &[file(old)]).await, Err(Error::LeaseLost)));
     assert!(matches!(database.release(old, "late").await, Err(Error::LeaseLost)));
-    let late = database.fail(old, &failure(FailureKind::Bug), AT_ONCE).await;
+    let late = database.fail(old, &failure_of(FailureKind::Bug), AT_ONCE).await;
     assert!(matches!(late, Err(Error::LeaseLost)));
     assert_eq!(database.job(TENANT, id).await.unwrap(), before, "the old one wrote nothing");
     assert!(database.artifacts(TENANT, id).await.unwrap().is_empty());
@@ -111,7 +246,7 @@ async fn a_failure_that_may_pass_is_tried_three_times_and_any_other_once() {
     let id = insert(&database, "device").await.id;
     for state in [JobState::Queued, JobState::Queued, JobState::Failed] {
         let lease = claim(&database).await;
-        assert_eq!(database.fail(lease, &failure(FailureKind::Device), AT_ONCE).await.unwrap(), state);
+        assert_eq!(database.fail(lease, &failure_of(FailureKind::Device), AT_ONCE).await.unwrap(), state);
     }
     let row = database.job(TENANT, id).await.unwrap().unwrap();
     let spent = row.failure.unwrap();
@@ -120,9 +255,9 @@ async fn a_failure_that_may_pass_is_tried_three_times_and_any_other_once() {
 
     let id = insert(&database, "data").await.id;
     let lease = claim(&database).await;
-    let state = database.fail(lease, &failure(FailureKind::Data), AT_ONCE).await.unwrap();
+    let state = database.fail(lease, &failure_of(FailureKind::Data), AT_ONCE).await.unwrap();
     assert_eq!(state, JobState::Failed);
-    assert_eq!(database.job(TENANT, id).await.unwrap().unwrap().failure, Some(failure(FailureKind::Data)));
+    assert_eq!(database.job(TENANT, id).await.unwrap().unwrap().failure, Some(failure_of(FailureKind::Data)));
 }
 
 #[tokio::test]
@@ -131,7 +266,7 @@ async fn the_next_attempt_waits_twice_as_long_each_time() {
     insert(&database, "job").await;
     let limits = Limits { backoff: Duration::from_secs(600), ..AT_ONCE };
     let lease = claim(&database).await;
-    database.fail(lease, &failure(FailureKind::Storage), limits).await.unwrap();
+    database.fail(lease, &failure_of(FailureKind::Storage), limits).await.unwrap();
     assert!(database.claim(Uuid::new_v4(), TTL).await.unwrap().is_none());
     let row = database.job(TENANT, lease.job).await.unwrap().unwrap();
     let wait = row.run_after - database.ping().await.unwrap();
@@ -172,7 +307,7 @@ async fn lost_workers_and_failures_are_counted_apart() {
         expired(&database).await;
         database.reap(Dead::Expired, AT_ONCE).await.unwrap();
         let lease = claim(&database).await;
-        let state = database.fail(lease, &failure(FailureKind::Crash), AT_ONCE).await.unwrap();
+        let state = database.fail(lease, &failure_of(FailureKind::Crash), AT_ONCE).await.unwrap();
         assert_eq!(state, JobState::Queued);
     }
     let lease = claim(&database).await;

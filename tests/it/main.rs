@@ -61,6 +61,8 @@ mod items;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod jobs_command;
 #[cfg(feature = "service")]
+mod lease_model;
+#[cfg(feature = "service")]
 mod leases;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod lineage;

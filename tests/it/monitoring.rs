@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::support::app::App;
+use crate::support::postgres::worker;
 
 fn read(name: &str) -> String {
     fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("deploy").join(name)).unwrap()
@@ -42,15 +43,7 @@ async fn every_metric_that_is_asked_for_is_one_that_the_service_tells() {
     app.json("/v1/jobs").await;
     t::worker_ready("cpu");
     t::sink_ready("webhook");
-    let worker = secateur::service::db::WorkerSelf {
-        id: uuid::Uuid::now_v7(),
-        host: "h".into(),
-        pid: 1,
-        device: "cuda:0".into(),
-        version: "0".into(),
-        core_count: 1,
-        memory_bytes: 1,
-    };
+    let worker = worker(uuid::Uuid::now_v7(), "cuda:0");
     app.database.worker_started(&worker).await.unwrap();
     let text = app.get("/metrics").send().await.unwrap().text().await.unwrap();
     assert!(text.contains("secateur_workers{device=\"cuda\",state=\"idle\"} 1"), "{text}");

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::support::app::{App, problem};
+use crate::support::postgres::worker;
 use crate::support::program::{Bench, stderr};
 use crate::support::tiny::Tiny;
 
@@ -96,15 +97,7 @@ async fn the_service_plans_for_every_worker_and_makes_no_job() {
     assert!(nobody["plan"]["stages"][0]["seconds"].is_null());
     for (i, flops_per_s) in [1e11, 1e12].into_iter().enumerate() {
         let id = Uuid::from_u128(i as u128 + 1);
-        let me = WorkerSelf {
-            id,
-            host: "here".into(),
-            pid: 1,
-            device: format!("cpu:{i}"),
-            version: "1".into(),
-            core_count: 2,
-            memory_bytes: 1 << 34,
-        };
+        let me = worker(id, &format!("cpu:{i}"));
         app.database.worker_started(&me).await.unwrap();
         let machine = Machine { flops_per_s, bytes_per_s: flops_per_s / 20.0 };
         app.database.worker_measured(id, machine).await.unwrap();
@@ -113,6 +106,7 @@ async fn the_service_plans_for_every_worker_and_makes_no_job() {
     let seconds = |i: usize| known["workers"][i]["seconds"].as_f64().unwrap();
     assert!(seconds(0) > 2.0 * seconds(1), "{known}");
     assert_eq!((&known["workers"][0]["fits_in_memory"], &known["jobs_ahead"]), (&json!(true), &json!(0)));
+    assert_eq!(known["workers"][0]["eligible"], true);
     // The plan itself is that of the fastest.
     let all: f64 =
         known["plan"]["stages"].as_array().unwrap().iter().map(|s| s["seconds"].as_f64().unwrap()).sum();
@@ -125,6 +119,35 @@ async fn the_service_plans_for_every_worker_and_makes_no_job() {
     let refused = app.post("/v1/plans").json(&wrong).send().await.unwrap();
     let body = problem(refused, 422, "invalid-spec").await;
     assert_eq!(body["errors"][0]["pointer"], "/prune/amount");
+}
+
+#[tokio::test]
+async fn a_plan_says_which_workers_have_what_the_job_asks_for() {
+    let app = App::start().await;
+    let labelled =
+        WorkerSelf { labels: [("gpu".into(), "a100".into())].into(), ..worker(Uuid::from_u128(1), "a") };
+    let small = WorkerSelf { job_memory_bytes: 1 << 20, ..worker(Uuid::from_u128(2), "b") };
+    for me in [labelled, small] {
+        app.database.worker_started(&me).await.unwrap();
+    }
+    for (resources, eligible) in [
+        (json!({}), [true, true]),
+        (json!({"labels": {"gpu": "a100"}}), [true, false]),
+        (json!({"labels": {"gpu": "h100"}}), [false, false]),
+        (json!({"in_memory": true}), [true, false]),
+        (json!({"min_memory_bytes": 1_u64 << 40}), [false, false]),
+    ] {
+        let mut spec = app.spec(6);
+        spec["resources"] = resources.clone();
+        let plan: Value = app.post("/v1/plans").json(&spec).send().await.unwrap().json().await.unwrap();
+        let told = |i: usize| plan["workers"][i]["eligible"].as_bool().unwrap();
+        assert_eq!([told(0), told(1)], eligible, "{resources}");
+    }
+    let hub = json!({"model": {"from": "hub", "repo": "org/name"}, "prune": {"amount": {"layers": 2}},
+        "resources": {"in_memory": true}});
+    let refused = app.post("/v1/jobs").json(&hub).send().await.unwrap();
+    let body = problem(refused, 422, "invalid-spec").await;
+    assert_eq!(body["errors"][0]["pointer"], "/resources/in_memory");
 }
 
 #[tokio::test]

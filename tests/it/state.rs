@@ -3,7 +3,7 @@
 use secateur::job::report::FailureKind;
 use secateur::job::state::{Change, JobState, Wish};
 
-const KINDS: [FailureKind; 8] = [
+const KINDS: [FailureKind; 10] = [
     FailureKind::Spec,
     FailureKind::Model,
     FailureKind::Data,
@@ -11,12 +11,20 @@ const KINDS: [FailureKind; 8] = [
     FailureKind::Device,
     FailureKind::Storage,
     FailureKind::AttemptsSpent,
+    FailureKind::QueueDeadline,
+    FailureKind::RunDeadline,
     FailureKind::Bug,
 ];
 
 fn changes() -> Vec<Change> {
-    let mut all =
-        vec![Change::Claim, Change::RequestCancel, Change::RequestPause, Change::Resume, Change::Finish];
+    let mut all = vec![
+        Change::Claim,
+        Change::RequestCancel,
+        Change::RequestPause,
+        Change::Resume,
+        Change::Finish,
+        Change::Expire,
+    ];
     for kind in KINDS {
         for retries_left in [false, true] {
             all.push(Change::Fail { kind, retries_left });
@@ -45,6 +53,7 @@ fn expected(from: JobState, change: Change) -> Option<JobState> {
             Change::Claim => Some(Running),
             Change::RequestCancel => Some(Cancelled),
             Change::RequestPause => Some(Paused),
+            Change::Expire => Some(Failed),
             _ => None,
         },
         Paused => match change {
@@ -60,7 +69,7 @@ fn expected(from: JobState, change: Change) -> Option<JobState> {
             }
             Change::Fail { .. } | Change::LeaseExpired { wish: None, crashes_left: false } => Some(Failed),
             Change::Stopped { wish } | Change::LeaseExpired { wish, .. } => Some(by_wish(wish)),
-            Change::Claim | Change::Resume => None,
+            Change::Claim | Change::Resume | Change::Expire => None,
         },
     }
 }

@@ -98,7 +98,10 @@ impl Shop {
     }
 
     async fn submit_on(&self, name: &str, model: serde_json::Value) -> Uuid {
-        let spec = json!({"name": name, "model": model, "prune": {"amount": {"layers": 1}}});
+        self.submit_spec(json!({"name": name, "model": model, "prune": {"amount": {"layers": 1}}})).await
+    }
+
+    async fn submit_spec(&self, spec: serde_json::Value) -> Uuid {
         let spec = JobSpec::read(spec).unwrap();
         self.database.job_insert(TENANT, &NewJob::new(spec)).await.unwrap().id
     }
@@ -329,6 +332,34 @@ async fn a_cancelled_job_stops_and_leaves_no_files_but_records_for_another_try()
     assert_eq!((row.state, row.failure), (JobState::Cancelled, None));
     assert!(shop.workspace(id).exists());
     assert!(!shop.store().join("jobs").join(id.to_string()).exists());
+    shop.close().await;
+}
+
+#[tokio::test]
+async fn a_job_that_has_run_as_long_as_it_may_is_stopped_and_its_records_wait_for_another_try() {
+    let shop = Shop::open().await;
+    let spec = json!({"name": "slow", "model": {"from": "path", "path": "/models/tiny"},
+        "prune": {"amount": {"layers": 1}}, "deadlines": {"max_run_s": 1}});
+    let id = shop.submit_spec(spec).await;
+    let row = shop.end(id).await;
+    assert_eq!((row.state, row.attempt), (JobState::Failed, 0), "{:?}", row.failure);
+    assert_eq!(row.failure.unwrap().kind, FailureKind::RunDeadline);
+    assert!((1.0..10.0).contains(&row.run_seconds), "{}", row.run_seconds);
+    assert!(shop.workspace(id).exists() && !shop.store().join("jobs").join(id.to_string()).exists());
+    shop.close().await;
+}
+
+#[tokio::test]
+async fn a_job_waits_for_a_worker_of_the_right_label() {
+    let shop = Shop::with(fresh().await, |s| s.labels = [("zone".into(), "b".into())].into());
+    let spec = |zone: &str| {
+        json!({"name": "succeed", "model": {"from": "path", "path": "/models/tiny"},
+            "prune": {"amount": {"layers": 1}}, "resources": {"labels": {"zone": zone}}})
+    };
+    let waits = shop.submit_spec(spec("a")).await;
+    let runs = shop.submit_spec(spec("b")).await;
+    assert_eq!(shop.end(runs).await.state, JobState::Succeeded);
+    assert_eq!(shop.database.job(TENANT, waits).await.unwrap().unwrap().state, JobState::Queued);
     shop.close().await;
 }
 

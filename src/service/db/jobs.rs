@@ -40,6 +40,8 @@ pub struct JobRow {
     /// When the first attempt began.
     pub started_at: Option<OffsetDateTime>,
     pub finished_at: Option<OffsetDateTime>,
+    /// How long its attempts ran that have ended.
+    pub run_seconds: f64,
     /// Why it failed, or why the last attempt did.
     #[sqlx(json(nullable))]
     pub failure: Option<Failure>,
@@ -71,8 +73,6 @@ pub struct Asked {
 #[derive(Debug, Clone)]
 pub struct NewJob {
     pub spec: JobSpec,
-    /// Higher goes first.
-    pub priority: i16,
     /// The failed or cancelled job that it tries again.
     pub retry_of: Option<Uuid>,
     /// What it is reckoned to take.
@@ -83,7 +83,7 @@ pub struct NewJob {
 impl NewJob {
     /// A job like any other.
     pub fn new(spec: JobSpec) -> Self {
-        Self { spec, priority: 0, retry_of: None, plan: None, asked: Asked::default() }
+        Self { spec, retry_of: None, plan: None, asked: Asked::default() }
     }
 }
 
@@ -347,18 +347,25 @@ impl Database {
 
 /// Puts in a job within the caller's transaction.
 pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job: &NewJob) -> Result<JobRow> {
+    let JobSpec { deadlines, resources, .. } = &job.spec;
+    let memory_bytes = resources.memory_bytes(job.plan.as_ref().map(|plan| plan.memory_bytes));
     sqlx::query(
-        "insert into jobs (id, tenant_id, name, labels, spec, priority, retry_of, plan, traceparent, asked_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        "insert into jobs (id, tenant_id, name, labels, spec, priority, retry_of, plan, max_queue_s, max_run_s,
+           needs_labels, needs_memory_bytes, traceparent, asked_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
     )
     .bind(id)
     .bind(tenant)
     .bind(&job.spec.name)
     .bind(Json(&job.spec.labels))
     .bind(Json(&job.spec))
-    .bind(job.priority)
+    .bind(job.spec.priority)
     .bind(job.retry_of)
     .bind(job.plan.as_ref().map(Json))
+    .bind(deadlines.max_queue_s.map(i64::from))
+    .bind(deadlines.max_run_s.map(i64::from))
+    .bind(Json(&resources.labels))
+    .bind(memory_bytes.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)))
     .bind(&job.asked.traceparent)
     .bind(job.asked.at)
     .execute(&mut *tx)
@@ -386,7 +393,12 @@ pub(super) async fn lock(tx: &mut PgConnection, tenant: Tenant, id: Uuid) -> Res
 pub(super) async fn write_state(tx: &mut PgConnection, job: &JobRow, reason: Option<String>) -> Result<()> {
     sqlx::query(
         "update jobs set state = $2, wish = null, attempt = $3, crashes = $4, epoch = $5, run_after = $6,
-           failure = $7, started_at = coalesce(started_at, case when $2 = 'running' then now() end),
+           failure = $7,
+           queued_at = case when $2 = 'queued' then now() else queued_at end,
+           running_since = case when $2 = 'running' then now() end,
+           run_seconds = run_seconds + case when state = 'running'
+             then coalesce(extract(epoch from now() - running_since), 0) else 0 end,
+           started_at = coalesce(started_at, case when $2 = 'running' then now() end),
            finished_at = case when $2 in ('succeeded', 'failed', 'cancelled') then now() end
          where id = $1",
     )

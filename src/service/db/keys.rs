@@ -97,12 +97,23 @@ impl Database {
         Ok(done.rows_affected() > 0)
     }
 
-    /// Whether any key opens the door.
+    /// Whether there is any key that is not revoked. One that has expired opens nothing, and still keeps the door
+    /// locked: time must not open it.
     pub async fn key_exists(&self) -> Result<bool> {
+        let exists = sqlx::query_scalar("select exists (select from api_keys where revoked_at is null)")
+            .fetch_one(&self.pool)
+            .await?;
+        Ok(exists)
+    }
+
+    /// Whether the tenant has a key of this scope that opens the door.
+    pub async fn key_exists_with(&self, tenant: Tenant, scope: &str) -> Result<bool> {
         let exists = sqlx::query_scalar(
-            "select exists (select from api_keys
-               where revoked_at is null and (expires_at is null or expires_at > now()))",
+            "select exists (select from api_keys where tenant_id = $1 and $2 = any (scopes)
+               and revoked_at is null and (expires_at is null or expires_at > now()))",
         )
+        .bind(tenant)
+        .bind(scope)
         .fetch_one(&self.pool)
         .await?;
         Ok(exists)

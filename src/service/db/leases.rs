@@ -13,6 +13,7 @@ use sqlx::{PgConnection, Postgres, Transaction};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::deadlines::leave;
 use super::jobs::{JobRow, lock, write_state};
 use super::stages::StageState;
 use super::{Database, Entry, Error, NewArtifact, Result, Tenant, artifacts, events, stages};
@@ -48,6 +49,8 @@ pub enum Renewal {
     Go,
     Cancel,
     Pause,
+    /// The job has run as long as it may.
+    Spent,
     /// The job belongs to someone else or to nobody.
     Lost,
 }
@@ -79,17 +82,24 @@ pub enum Dead {
 }
 
 impl Database {
-    /// Takes the next job: highest priority first, then the tenant with the
-    /// least share of the running jobs, then the oldest.
+    /// Takes the next job that `worker` may run: of the tenant with the least share of the running jobs, and of
+    /// that tenant's the one of highest priority, then the oldest. So nobody's priorities hold up other tenants.
     pub async fn claim(&self, worker: Uuid, ttl: Duration) -> Result<Option<(Lease, JobRow)>> {
         let mut tx = self.pool.begin().await?;
         sqlx::query("select pg_advisory_xact_lock($1)").bind(CLAIM_LOCK).execute(&mut *tx).await?;
         let head: Option<(Uuid, Tenant)> = sqlx::query_as(
-            "select h.id, t.id from tenants t
+            "select h.id, t.id
+             from (select coalesce((select labels from workers where id = $1), '{}') as labels,
+                     (select job_memory_bytes from workers where id = $1) as memory_bytes) w
+             cross join tenants t
              left join (select tenant_id, count(*) as n from leases group by 1) l on l.tenant_id = t.id
              cross join lateral (
-               select j.id, j.priority, j.created_at from jobs j
+               select j.id, j.created_at from jobs j
                where j.tenant_id = t.id and j.state = 'queued' and j.run_after <= now()
+                 and j.needs_labels <@ w.labels
+                 and (j.needs_memory_bytes is null or j.needs_memory_bytes <= w.memory_bytes)
+                 and (j.max_queue_s is null
+                      or greatest(j.queued_at, j.run_after) + make_interval(secs => j.max_queue_s) >= now())
                  and not exists (
                    select from sweep_rows r join sweeps s on s.id = r.sweep_id
                    where r.job_id = j.id and s.max_parallel <= (
@@ -97,9 +107,10 @@ impl Database {
                      where x.sweep_id = s.id))
                order by j.priority desc, j.created_at limit 1) h
              where t.max_running is null or coalesce(l.n, 0) < t.max_running
-             order by h.priority desc, coalesce(l.n, 0)::float8 / t.weight, t.last_claim_at nulls first, h.created_at
+             order by coalesce(l.n, 0)::float8 / t.weight, t.last_claim_at nulls first, h.created_at
              limit 1",
         )
+        .bind(worker)
         .fetch_optional(&mut *tx)
         .await?;
         let Some((id, tenant)) = head else { return Ok(None) };
@@ -133,12 +144,13 @@ impl Database {
 
     /// The heartbeat: keeps the lease for another `ttl` and hears the user's wish.
     pub async fn renew(&self, lease: Lease, ttl: Duration, progress: Option<&Progress>) -> Result<Renewal> {
-        let heard: Option<(Option<Wish>,)> = sqlx::query_as(
+        let heard: Option<(Option<Wish>, bool)> = sqlx::query_as(
             "update leases l
              set expires_at = now() + make_interval(secs => $4), progress = coalesce($5, l.progress)
              from jobs j
              where l.tenant_id = $1 and l.job_id = $2 and l.epoch = $3 and j.id = l.job_id
-             returning j.wish",
+             returning j.wish,
+               coalesce(j.run_seconds + extract(epoch from now() - j.running_since) >= j.max_run_s, false)",
         )
         .bind(lease.tenant)
         .bind(lease.job)
@@ -148,9 +160,10 @@ impl Database {
         .fetch_optional(&self.pool)
         .await?;
         Ok(match heard {
-            Some((None,)) => Renewal::Go,
-            Some((Some(Wish::Cancel),)) => Renewal::Cancel,
-            Some((Some(Wish::Pause),)) => Renewal::Pause,
+            Some((None, false)) => Renewal::Go,
+            Some((None, true)) => Renewal::Spent,
+            Some((Some(Wish::Cancel), _)) => Renewal::Cancel,
+            Some((Some(Wish::Pause), _)) => Renewal::Pause,
             None => Renewal::Lost,
         })
     }
@@ -210,21 +223,21 @@ impl Database {
         });
         job.run_after += backoff(limits, job.attempt, &mut tx, job.run_after).await?;
         stages::close(&mut tx, job.id, StageState::Failed).await?;
-        write_state(&mut tx, &job, Some(failure.message.clone())).await?;
+        let state = leave(&mut tx, job, Some(failure.message.clone())).await?;
         tx.commit().await?;
-        Ok(job.state)
+        Ok(state)
     }
 
-    /// The attempt stopped because it was asked to: by the user, or because the
+    /// The attempt stopped because it was asked to: by the user, by a deadline, or because the
     /// worker is leaving (`reason` says so). It costs no attempt.
     pub async fn release(&self, lease: Lease, reason: &str) -> Result<JobState> {
         let (mut tx, mut job) = self.end(lease).await?;
         job.state = job.state.after(Change::Stopped { wish: job.wish })?;
         job.attempt -= 1;
         stages::close(&mut tx, job.id, StageState::Stopped).await?;
-        write_state(&mut tx, &job, Some(reason.to_owned())).await?;
+        let state = leave(&mut tx, job, Some(reason.to_owned())).await?;
         tx.commit().await?;
-        Ok(job.state)
+        Ok(state)
     }
 
     /// Takes dead leases away; their jobs are tried again, or failed when they
@@ -275,7 +288,7 @@ impl Database {
         }
         job.run_after += backoff(limits, job.attempt, &mut tx, job.run_after).await?;
         stages::close(&mut tx, id, StageState::Stopped).await?;
-        write_state(&mut tx, &job, Some(reason)).await?;
+        leave(&mut tx, job, Some(reason)).await?;
         tx.commit().await?;
         Ok(true)
     }

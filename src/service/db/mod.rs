@@ -5,6 +5,7 @@
 //! needs both a lease and its job locks the lease first.
 
 mod artifacts;
+mod deadlines;
 mod endpoints;
 mod events;
 mod jobs;

@@ -1,9 +1,13 @@
 //! Who can run jobs.
 
+use std::collections::BTreeMap;
+
+use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Database, Result, Tenant};
+use crate::job::placement::Resources;
 use crate::job::plan::Machine;
 
 /// A worker as its peers see it. Workers serve all tenants.
@@ -19,6 +23,11 @@ pub struct WorkerRow {
     /// Of its machine.
     pub core_count: Option<i32>,
     pub memory_bytes: Option<i64>,
+    /// That a job may work in.
+    pub job_memory_bytes: Option<i64>,
+    /// What it was started with; jobs may ask for them.
+    #[sqlx(json)]
+    pub labels: BTreeMap<String, String>,
     /// What its device does.
     pub flops_per_s: Option<f64>,
     pub bytes_per_s: Option<f64>,
@@ -33,6 +42,15 @@ impl WorkerRow {
         let (flops_per_s, bytes_per_s) = self.flops_per_s.zip(self.bytes_per_s)?;
         Some(Machine { flops_per_s, bytes_per_s })
     }
+
+    /// Whether it has what a job asks for: what a claim asks of it.
+    pub fn has(&self, resources: &Resources, planned_bytes: Option<u64>) -> bool {
+        let labels = resources.labels.iter().all(|(key, value)| self.labels.get(key) == Some(value));
+        let memory = resources.memory_bytes(planned_bytes).is_none_or(|needed| {
+            self.job_memory_bytes.is_some_and(|bytes| u64::try_from(bytes).is_ok_and(|bytes| needed <= bytes))
+        });
+        labels && memory
+    }
 }
 
 /// What a worker says of itself.
@@ -46,17 +64,22 @@ pub struct WorkerSelf {
     /// Of its machine.
     pub core_count: i32,
     pub memory_bytes: i64,
+    /// That a job may work in.
+    pub job_memory_bytes: i64,
+    /// Jobs may ask for them.
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Database {
     /// A worker has started.
     pub async fn worker_started(&self, me: &WorkerSelf) -> Result<()> {
         sqlx::query(
-            "insert into workers (id, host, pid, device, version, core_count, memory_bytes)
-             values ($1, $2, $3, $4, $5, $6, $7)
+            "insert into workers (id, host, pid, device, version, core_count, memory_bytes, job_memory_bytes, labels)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
              on conflict (id) do update set host = excluded.host, pid = excluded.pid, device = excluded.device,
                version = excluded.version, core_count = excluded.core_count,
-               memory_bytes = excluded.memory_bytes, started_at = now(), seen_at = now()",
+               memory_bytes = excluded.memory_bytes, job_memory_bytes = excluded.job_memory_bytes,
+               labels = excluded.labels, started_at = now(), seen_at = now()",
         )
         .bind(me.id)
         .bind(&me.host)
@@ -65,6 +88,8 @@ impl Database {
         .bind(&me.version)
         .bind(me.core_count)
         .bind(me.memory_bytes)
+        .bind(me.job_memory_bytes)
+        .bind(Json(&me.labels))
         .execute(&self.pool)
         .await?;
         Ok(())

@@ -92,6 +92,10 @@ pub fn admit(
             Ok((_, Err(message))) | Err(message) => complain("/model/path".into(), message),
         }
     }
+    if spec.resources.in_memory && !matches!(spec.model, ModelSource::Path { .. }) {
+        let message = "can be known only of a model on this machine; give `min_memory_bytes` instead";
+        complain("/resources/in_memory".into(), message.into());
+    }
     for (pointer, corpus) in spec.corpora_mut() {
         if let Corpus::Path { path } = corpus {
             match roots.find(path).and_then(|real| corpus_file(&real)) {

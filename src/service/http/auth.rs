@@ -2,17 +2,23 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::Response;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use utoipa::ToSchema;
 
 use super::AppState;
 use super::problem::{Code, Problem};
-use crate::service::db::{NewApiKey, Tenant};
+use crate::service::db::{self, Database, NewApiKey, Tenant};
+use crate::service::seal;
 
 /// A key that opens the API: `sct_<8 characters>_<secret>`. The secret is kept
 /// as its sha256 only; it is long and random, so no slow hash is needed.
@@ -23,6 +29,9 @@ pub struct ApiKey {
     /// Of the secret.
     pub sha256: [u8; 32],
 }
+
+/// Characters of a key's id.
+const ID_LETTERS: usize = 8;
 
 impl std::fmt::Debug for ApiKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -40,7 +49,11 @@ impl FromStr for ApiKey {
         let (id, secret) =
             text.strip_prefix("sct_").and_then(|rest| rest.split_once('_')).ok_or_else(wrong)?;
         let plain = |s: &str| s.bytes().all(|b| b.is_ascii_alphanumeric());
-        if id.len() != 8 || !plain(id) || secret.len() < 24 || !secret.bytes().all(|b| b.is_ascii_graphic()) {
+        if id.len() != ID_LETTERS
+            || !plain(id)
+            || secret.len() < 24
+            || !secret.bytes().all(|b| b.is_ascii_graphic())
+        {
             return Err(wrong());
         }
         Ok(Self { id: id.into(), sha256: Sha256::digest(secret.as_bytes()).into() })
@@ -48,9 +61,16 @@ impl FromStr for ApiKey {
 }
 
 impl ApiKey {
+    /// A new one, and its text: shown once, kept by nobody here.
+    pub fn make() -> (Self, String) {
+        let id = hex::encode(seal::random::<{ ID_LETTERS / 2 }>());
+        let text = format!("sct_{id}_{}", hex::encode(seal::random::<32>()));
+        (text.parse().expect("a key of our own can be read. This is a bug."), text)
+    }
+
     /// The key as the database keeps it, for everything.
     pub fn row(&self, tenant: Tenant, name: &str) -> NewApiKey {
-        let scopes = vec!["admin".into()];
+        let scopes = vec![Scope::Admin.name().into()];
         NewApiKey {
             id: self.id.clone(),
             tenant,
@@ -62,9 +82,101 @@ impl ApiKey {
     }
 }
 
+/// What a key lets its holder do; each includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// Look at everything of the tenant.
+    Read,
+    /// Ask for jobs and change them, bring files, name receivers.
+    Submit,
+    /// Make and revoke keys, and see who did what.
+    Admin,
+}
+
+impl Scope {
+    pub const ALL: [Self; 3] = [Self::Read, Self::Submit, Self::Admin];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Submit => "submit",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// What a key needs for `method` at `path`, a path or its template; none where all may call.
+    pub fn needed(method: &Method, path: &str) -> Option<Self> {
+        if is_open(path) {
+            None
+        } else if path.starts_with("/v1/api_keys") || path.starts_with("/v1/audit") {
+            Some(Self::Admin)
+        } else if is_harmless(method) {
+            Some(Self::Read)
+        } else {
+            Some(Self::Submit)
+        }
+    }
+
+    fn is_of(self, scopes: &[String]) -> bool {
+        Self::ALL.into_iter().any(|scope| scope >= self && scopes.iter().any(|s| s == scope.name()))
+    }
+}
+
+/// Whether keys open the API, or programs on this machine may call without one. The first key locks it, whoever makes
+/// it and where; nothing but a new start opens it again.
+#[derive(Debug, Clone)]
+pub struct Lock(Arc<LockState>);
+
+#[derive(Debug)]
+struct LockState {
+    locked: AtomicBool,
+    looked: Mutex<Instant>,
+}
+
+/// How long a key that another process has made may be overlooked.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+impl Lock {
+    /// As the database says now.
+    pub async fn new(database: &Database) -> Result<Self, db::Error> {
+        let locked = AtomicBool::new(database.key_exists().await?);
+        Ok(Self(Arc::new(LockState { locked, looked: Mutex::new(Instant::now()) })))
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.0.locked.load(Ordering::Acquire)
+    }
+
+    /// There is a key now.
+    pub fn close(&self) {
+        self.0.locked.store(true, Ordering::Release);
+    }
+
+    /// Looks whether there is a key by now.
+    async fn look(&self, database: &Database) {
+        let due = {
+            let mut looked = self.0.looked.lock().unwrap_or_else(PoisonError::into_inner);
+            let due = looked.elapsed() >= LOOK_EVERY;
+            if due {
+                *looked = Instant::now();
+            }
+            due
+        };
+        // While the database is away nobody makes a key.
+        if due && database.key_exists().await.unwrap_or(false) {
+            self.close();
+        }
+    }
+}
+
 /// On whose behalf a request is made.
 #[derive(Debug, Clone, Copy)]
 pub struct Caller(pub Tenant);
+
+/// The key it came with, by its id; none where this machine may call without one.
+#[derive(Debug, Clone)]
+pub struct CallerKey(pub Option<Arc<str>>);
 
 /// Whether the API may listen at `addr`.
 ///
@@ -95,16 +207,24 @@ pub async fn check(
     mut request: Request,
     next: Next,
 ) -> Result<Response, Problem> {
-    let caller = if !state.locked {
-        check_local(&request)?;
-        Caller(Tenant::DEFAULT)
-    } else if is_open(request.uri().path()) {
-        Caller(Tenant::DEFAULT)
-    } else {
-        let key = presented(request.headers())?;
-        open(&state, &key, request.method()).await?
+    let needed = Scope::needed(request.method(), request.uri().path());
+    if needed.is_some() && !state.lock.is_closed() {
+        state.lock.look(&state.database).await;
+    }
+    let (caller, key) = match needed {
+        Some(scope) if state.lock.is_closed() => {
+            let key = presented(request.headers())?;
+            let caller = open(&state, &key, scope).await?;
+            (caller, Some(key.id.into()))
+        }
+        None if state.lock.is_closed() => (Caller(Tenant::DEFAULT), None),
+        Some(_) | None => {
+            check_local(&request)?;
+            (Caller(Tenant::DEFAULT), None)
+        }
     };
     request.extensions_mut().insert(caller);
+    request.extensions_mut().insert(CallerKey(key));
     Ok(next.run(request).await)
 }
 
@@ -131,14 +251,15 @@ fn presented(headers: &HeaderMap) -> Result<ApiKey, Problem> {
     }
 }
 
-async fn open(state: &AppState, key: &ApiKey, method: &Method) -> Result<Caller, Problem> {
+async fn open(state: &AppState, key: &ApiKey, scope: Scope) -> Result<Caller, Problem> {
     let row = state.database.key(&key.id).await?.ok_or_else(unknown_key)?;
     if !bool::from(row.sha256.as_slice().ct_eq(&key.sha256)) {
         return Err(unknown_key());
     }
-    let may = |scope: &str| row.scopes.iter().any(|s| s == scope);
-    if !(may("admin") || may("submit") || is_harmless(method) && may("read")) {
-        return Err(Problem::new(Code::Forbidden, format!("The key {} may not {method}.", row.id)));
+    if !scope.is_of(&row.scopes) {
+        let (id, scopes, needed) = (&row.id, row.scopes.join(", "), scope.name());
+        let detail = format!("This needs the scope `{needed}`; the key {id} has: {scopes}.");
+        return Err(Problem::new(Code::Forbidden, detail));
     }
     state.database.key_used(&row.id).await?;
     Ok(Caller(row.tenant))

@@ -127,7 +127,7 @@ async fn retry(
         }
     }
     let asked = now_asked(&headers);
-    let again = NewJob { priority: old.priority, retry_of: Some(id), asked, ..NewJob::new(old.spec) };
+    let again = NewJob { retry_of: Some(id), asked, ..NewJob::new(old.spec) };
     submit(&state, tenant, again, once).await
 }
 

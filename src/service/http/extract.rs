@@ -4,12 +4,14 @@ use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 use super::problem::{Code, Problem};
+use crate::job::complaint::Complaint;
 
 /// A JSON body, whatever it says.
 pub struct JsonBody(pub Value);
@@ -28,6 +30,17 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
         })?;
         serde_json::from_slice(&bytes).map(Self).map_err(|e| Problem::new(Code::InvalidJson, format!("{e}.")))
     }
+}
+
+/// Reads a body as what the route takes.
+///
+/// # Errors
+/// The first thing that is wrong, and where.
+pub fn read<T: DeserializeOwned>(body: Value) -> Result<T, Complaint> {
+    serde_path_to_error::deserialize(body).map_err(|e| {
+        let pointer = format!("/{}", e.path().to_string().replace('.', "/")).replace("/?", "");
+        Complaint { pointer, message: e.into_inner().to_string() }
+    })
 }
 
 fn check_media_type(headers: &HeaderMap) -> Result<(), Problem> {

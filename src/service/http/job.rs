@@ -27,7 +27,7 @@ pub struct JobSummary {
     pub state: JobState,
     /// What was asked of a running job and has not come about yet.
     pub wish: Option<Wish>,
-    /// Higher goes first.
+    /// Of the jobs of a tenant that wait, the higher goes first.
     pub priority: i16,
     /// Attempts so far; one that was drained or paused does not count.
     pub attempt: i32,
@@ -44,6 +44,8 @@ pub struct JobSummary {
     pub started_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
     pub finished_at: Option<OffsetDateTime>,
+    /// How long its attempts ran that have ended.
+    pub run_s: f64,
     /// The job that failed or was cancelled and that this one tries again.
     pub retry_of: Option<Uuid>,
     /// A waiting job is not tried before this time.
@@ -140,6 +142,7 @@ impl JobSummary {
             created_at: row.created_at,
             started_at: row.started_at,
             finished_at: row.finished_at,
+            run_s: row.run_seconds,
             retry_of: row.retry_of,
             run_after: row.run_after,
             last_seq: row.last_seq,

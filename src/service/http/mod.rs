@@ -17,7 +17,7 @@ use crate::service::store::Store;
 use crate::service::telemetry;
 
 pub use admission::Roots;
-pub use auth::{ApiKey, may_bind};
+pub use auth::{ApiKey, Lock, Scope, may_bind};
 pub use health::serve_metrics;
 pub use openapi::document;
 
@@ -34,6 +34,7 @@ mod health;
 mod hub;
 mod job;
 mod jobs;
+mod keys;
 mod models;
 mod openapi;
 mod page;
@@ -60,8 +61,8 @@ pub struct AppState {
     pub reach: Reach,
     /// Owners of repositories of the Hub that results may go to.
     pub publish_to: Arc<[String]>,
-    /// A key of the database opens the API; otherwise only this machine may call.
-    pub locked: bool,
+    /// Whether a key must open the API, or this machine may call without.
+    pub lock: Lock,
     /// Cancelled when the service begins to shut down.
     pub shutdown: CancellationToken,
 }

@@ -1,18 +1,20 @@
 //! The OpenAPI 3.1 document: made from the very routes that are served.
 
 use axum::Router;
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderValue, Method, header};
 use tower_http::set_header::SetResponseHeaderLayer;
-use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{ComponentsBuilder, Content, OpenApi as Document, Ref, RefOr, ResponseBuilder};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
+use super::auth::Scope;
 use super::{
-    AppState, artifacts, bundle, create, events, health, hub, jobs, models, plans, results, sinks, sweeps,
-    uploads, webhooks, workers,
+    AppState, artifacts, bundle, create, events, health, hub, jobs, keys, models, plans, results, sinks,
+    sweeps, uploads, webhooks, workers,
 };
 use crate::job::shape::Shapes;
 use crate::job::spec::JobSpec;
@@ -27,7 +29,6 @@ use crate::job::sweep::SweepSpec;
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
     servers((url = "/", description = "this service")),
-    security((), ("api_key" = [])),
     tags(
         (name = "jobs", description = "Ask for a pruned model and follow the work"),
         (name = "results", description = "What a job found and left"),
@@ -35,6 +36,7 @@ use crate::job::sweep::SweepSpec;
         (name = "uploads", description = "Texts that you bring"),
         (name = "hub", description = "Results as the Hugging Face Hub serves models: set `HF_ENDPOINT` to this service's `/hf`"),
         (name = "webhooks", description = "Who wants to hear of jobs"),
+        (name = "keys", description = "Who may call"),
         (name = "workers", description = "What there is to compute on"),
         (name = "models", description = "What can be pruned"),
         (name = "health", description = "How the service is"),
@@ -57,6 +59,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(uploads::routes())
         .merge(hub::routes())
         .merge(webhooks::routes())
+        .merge(keys::routes())
         .routes(routes!(workers::list))
         .routes(routes!(models::list))
         .routes(routes!(health::live))
@@ -78,6 +81,7 @@ pub fn finish(mut document: Document) -> Document {
     ApiKeyScheme.modify(&mut document);
     ClosedShapes.modify(&mut document);
     Problems.modify(&mut document);
+    Scopes.modify(&mut document);
     document
 }
 
@@ -108,14 +112,43 @@ impl Modify for ClosedShapes {
     }
 }
 
+/// Each operation names the scope that a key needs for it.
+struct Scopes;
+
+impl Modify for Scopes {
+    fn modify(&self, document: &mut Document) {
+        for (path, item) in &mut document.paths.paths {
+            for (method, operation) in operations(item) {
+                let open = SecurityRequirement::default();
+                operation.security = Some(match Scope::needed(&method, path) {
+                    Some(scope) => vec![open, SecurityRequirement::new("api_key", [scope.name()])],
+                    None => vec![open],
+                });
+            }
+        }
+    }
+}
+
+fn operations(item: &mut PathItem) -> impl Iterator<Item = (Method, &mut Operation)> {
+    let PathItem { get, post, put, delete, patch, .. } = item;
+    [
+        (Method::GET, get),
+        (Method::POST, post),
+        (Method::PUT, put),
+        (Method::DELETE, delete),
+        (Method::PATCH, patch),
+    ]
+    .into_iter()
+    .filter_map(|(method, operation)| Some((method, operation.as_mut()?)))
+}
+
 /// Every operation may answer with a problem, and a problem has its own media type.
 struct Problems;
 
 impl Modify for Problems {
     fn modify(&self, document: &mut Document) {
         for item in document.paths.paths.values_mut() {
-            let methods = [&mut item.get, &mut item.post, &mut item.delete, &mut item.put, &mut item.patch];
-            for operation in methods.into_iter().flatten() {
+            for (_, operation) in operations(item) {
                 let other = ResponseBuilder::new()
                     .description(
                         "Any other refusal or failure, e.g. 401 without a key, 503 without a database",

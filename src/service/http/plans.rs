@@ -14,6 +14,7 @@ use super::auth::Caller;
 use super::create::{MAX_SPEC_BYTES, admit, on_fastest};
 use super::extract::JsonBody;
 use super::problem::{Problem, ProblemBody};
+use crate::job::placement::Resources;
 use crate::job::plan::Plan;
 use crate::job::progress::Stage;
 use crate::job::spec::JobSpec;
@@ -49,7 +50,9 @@ struct WorkerPlan {
     #[schema(example = "cpu")]
     device: String,
     busy: bool,
-    /// All its weights fit into the machine's memory; the job runs in any case, streamed where they do not.
+    /// It has what the job asks for in `resources`.
+    eligible: bool,
+    /// All its weights fit into the memory a job may work in; else they are streamed.
     fits_in_memory: Option<bool>,
     /// From its beginning to its end; absent where the worker's speed or the model is not known.
     seconds: Option<f64>,
@@ -101,19 +104,21 @@ async fn create(
         reusable.extend(like.map(|job_id| Reusable { stage, job_id }));
     }
     let begins_in_s = (!workers.is_empty()).then(|| seconds_ahead / workers.len() as f64);
-    let workers = workers.into_iter().map(|row| on_worker(row, plan.as_ref())).collect();
+    let workers = workers.into_iter().map(|row| on_worker(row, &spec.resources, plan.as_ref())).collect();
     Ok(Json(JobPlan { object: "plan", plan, workers, jobs_ahead, begins_in_s, reusable }))
 }
 
-fn on_worker(row: WorkerRow, plan: Option<&Plan>) -> WorkerPlan {
+fn on_worker(row: WorkerRow, resources: &Resources, plan: Option<&Plan>) -> WorkerPlan {
     let machine = row.machine();
     let seconds = plan.zip(machine).and_then(|(plan, machine)| plan.clone().on(machine).seconds());
-    let memory = row.memory_bytes.and_then(|bytes| u64::try_from(bytes).ok());
+    let memory = row.job_memory_bytes.or(row.memory_bytes).and_then(|bytes| u64::try_from(bytes).ok());
+    let eligible = row.has(resources, plan.map(|plan| plan.memory_bytes));
     WorkerPlan {
         id: row.id,
         host: row.host,
         device: row.device,
         busy: row.job_id.is_some(),
+        eligible,
         fits_in_memory: plan.zip(memory).map(|(plan, memory)| plan.memory_bytes <= memory),
         seconds,
     }

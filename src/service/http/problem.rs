@@ -22,6 +22,7 @@ pub enum Code {
     InvalidSpec,
     InvalidUpload,
     InvalidWebhook,
+    InvalidKey,
     IdempotencyKeyReused,
     Unauthorized,
     Forbidden,
@@ -34,6 +35,7 @@ pub enum Code {
     ArtifactNotFound,
     UploadNotFound,
     WebhookNotFound,
+    KeyNotFound,
     UploadIncomplete,
     DigestMismatch,
     QuotaExceeded,
@@ -61,7 +63,7 @@ const fn row(name: &'static str, status: StatusCode, title: &'static str) -> Row
 }
 
 impl Code {
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 35] = [
         Self::InvalidJson,
         Self::InvalidQuery,
         Self::InvalidId,
@@ -69,6 +71,7 @@ impl Code {
         Self::InvalidSpec,
         Self::InvalidUpload,
         Self::InvalidWebhook,
+        Self::InvalidKey,
         Self::IdempotencyKeyReused,
         Self::Unauthorized,
         Self::Forbidden,
@@ -81,6 +84,7 @@ impl Code {
         Self::ArtifactNotFound,
         Self::UploadNotFound,
         Self::WebhookNotFound,
+        Self::KeyNotFound,
         Self::UploadIncomplete,
         Self::DigestMismatch,
         Self::QuotaExceeded,
@@ -109,6 +113,7 @@ impl Code {
             Self::InvalidSpec => row("invalid-spec", S::UNPROCESSABLE_ENTITY, "The job spec cannot be run"),
             Self::InvalidUpload => row("invalid-upload", S::UNPROCESSABLE_ENTITY, "The upload cannot be taken"),
             Self::InvalidWebhook => row("invalid-webhook", S::UNPROCESSABLE_ENTITY, "It cannot be a webhook endpoint"),
+            Self::InvalidKey => row("invalid-key", S::UNPROCESSABLE_ENTITY, "There can be no such API key"),
             Self::Unauthorized => row("unauthorized", S::UNAUTHORIZED, "An API key is needed"),
             Self::Forbidden => row("forbidden", S::FORBIDDEN, "The API key does not allow this"),
             Self::ForeignHost => row("foreign-host", S::MISDIRECTED_REQUEST, "This service is not that host"),
@@ -120,6 +125,7 @@ impl Code {
             Self::ArtifactNotFound => row("artifact-not-found", S::NOT_FOUND, "The job has no such file"),
             Self::UploadNotFound => row("upload-not-found", S::NOT_FOUND, "There is no such upload"),
             Self::WebhookNotFound => row("webhook-not-found", S::NOT_FOUND, "There is no such webhook endpoint or delivery"),
+            Self::KeyNotFound => row("key-not-found", S::NOT_FOUND, "There is no such API key"),
             Self::UploadIncomplete => row("upload-incomplete", S::CONFLICT, "Parts of the upload are missing"),
             Self::DigestMismatch => row("digest-mismatch", S::BAD_REQUEST, "The bytes are not what their digest says"),
             Self::QuotaExceeded => row("quota-exceeded", S::PAYLOAD_TOO_LARGE, "There is no room for it"),
@@ -153,8 +159,10 @@ impl Code {
             Self::InvalidUpload => "`errors` lists everything that is wrong, each with its place.",
             Self::InvalidWebhook => "`errors` lists everything that is wrong, each with its place. A receiver is a \
                  public https URL, unless the service was started with --webhooks-inside.",
+            Self::InvalidKey => "`errors` lists everything that is wrong, each with its place.",
             Self::Unauthorized => "Send `Authorization: Bearer sct_…` with a key this service knows.",
-            Self::Forbidden => "The key may only read. Use one with the scope `submit` or `admin`.",
+            Self::Forbidden => "The detail names the scope that is needed: `read` to look, `submit` to change, `admin` for \
+                 keys and the audit log. Each includes those before it.",
             Self::ForeignHost => "Without an API key the service answers only to localhost and loopback addresses, \
                  so that no web page can reach it through a name of its own. Use http://127.0.0.1, or start the \
                  service with a key.",
@@ -169,6 +177,7 @@ impl Code {
                  uploads shows those there are.",
             Self::WebhookNotFound => "It never existed or was deleted. The list of webhook endpoints shows those \
                  there are; deliveries are kept for thirty days.",
+            Self::KeyNotFound => "It never existed, or was revoked. The list of keys shows those there are.",
             Self::UploadIncomplete => "The detail names them; send them and complete the upload again.",
             Self::DigestMismatch => "They were damaged on their way, or are those of another file. Send them again.",
             Self::QuotaExceeded => "The detail says how much there may be; delete what is not needed any more.",
@@ -225,12 +234,16 @@ impl Problem {
         Self { code, detail: detail.into(), errors: Vec::new(), headers }
     }
 
-    pub fn spec(errors: Vec<Complaint>) -> Self {
+    fn invalid(code: Code, what: &str, errors: Vec<Complaint>) -> Self {
         let detail = match errors.as_slice() {
             [one] => one.to_string(),
-            more => format!("{} things are wrong with the spec.", more.len()),
+            more => format!("{} things are wrong with the {what}.", more.len()),
         };
-        Self { errors, ..Self::new(Code::InvalidSpec, detail) }
+        Self { errors, ..Self::new(code, detail) }
+    }
+
+    pub fn spec(errors: Vec<Complaint>) -> Self {
+        Self::invalid(Code::InvalidSpec, "spec", errors)
     }
 
     /// What is wrong with the spec, where that is the problem.
@@ -240,20 +253,17 @@ impl Problem {
 
     /// What is wrong with an upload.
     pub fn upload(errors: Vec<Complaint>) -> Self {
-        let detail = match errors.as_slice() {
-            [one] => one.to_string(),
-            more => format!("{} things are wrong with the upload.", more.len()),
-        };
-        Self { errors, ..Self::new(Code::InvalidUpload, detail) }
+        Self::invalid(Code::InvalidUpload, "upload", errors)
     }
 
     /// What is wrong with a webhook endpoint.
     pub fn webhook(errors: Vec<Complaint>) -> Self {
-        let detail = match errors.as_slice() {
-            [one] => one.to_string(),
-            more => format!("{} things are wrong with the webhook endpoint.", more.len()),
-        };
-        Self { errors, ..Self::new(Code::InvalidWebhook, detail) }
+        Self::invalid(Code::InvalidWebhook, "webhook endpoint", errors)
+    }
+
+    /// What is wrong with an API key to be.
+    pub fn key(errors: Vec<Complaint>) -> Self {
+        Self::invalid(Code::InvalidKey, "key", errors)
     }
 
     /// Our own fault. What happened goes to the log, not to the caller.

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::AppState;
 use super::auth::Caller;
-use super::extract::{JsonBody, Newest};
+use super::extract::{JsonBody, Newest, read};
 use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
@@ -236,10 +236,7 @@ async fn create(
     Extension(Caller(tenant)): Extension<Caller>,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Problem> {
-    let new: NewEndpoint = serde_path_to_error::deserialize(body).map_err(|e| {
-        let pointer = format!("/{}", e.path().to_string().replace('.', "/")).replace("/?", "");
-        Problem::webhook(vec![Complaint { pointer, message: e.into_inner().to_string() }])
-    })?;
+    let new: NewEndpoint = read(body).map_err(|complaint| Problem::webhook(vec![complaint]))?;
     let complaints = check(&state, &new);
     if !complaints.is_empty() {
         return Err(Problem::webhook(complaints));

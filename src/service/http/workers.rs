@@ -1,5 +1,7 @@
 //! Who can run jobs, and on what.
 
+use std::collections::BTreeMap;
+
 use axum::Json;
 use axum::extract::{Extension, State};
 use serde::Serialize;
@@ -26,6 +28,10 @@ pub struct Worker {
     /// Of its machine; absent when the worker is older than this service.
     core_count: Option<i32>,
     memory_bytes: Option<i64>,
+    /// Of that, what a job may work in.
+    job_memory_bytes: Option<i64>,
+    /// What it was started with: jobs may ask for them in `resources.labels`.
+    labels: BTreeMap<String, String>,
     /// What its device does in a second: operations of products with many rows; absent where it could not be measured.
     flops_per_s: Option<f64>,
     /// The same in bytes of weights, for products with one row.
@@ -51,6 +57,8 @@ impl Worker {
             device: row.device,
             core_count: row.core_count,
             memory_bytes: row.memory_bytes,
+            job_memory_bytes: row.job_memory_bytes,
+            labels: row.labels,
             flops_per_s: row.flops_per_s,
             bytes_per_s: row.bytes_per_s,
             version: row.version,

@@ -9,7 +9,7 @@ use axum::http::{HeaderMap, Uri};
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use secateur::job::spec::JobSpec;
 use secateur::service::db::{Database, JobRow, Lease, NewArtifact, NewJob, Tenant};
-use secateur::service::http::{ApiKey, AppState, Roots, serve};
+use secateur::service::http::{ApiKey, AppState, Lock, Roots, serve};
 use secateur::service::seal::Seal;
 use secateur::service::sinks::{Drain, Reach, Settings, Sink};
 use secateur::service::store::{Store, epoch_prefix};
@@ -67,7 +67,7 @@ impl App {
             reach: Reach::Private,
             publish_to: [PUBLISH_TO.to_owned()].into(),
             roots: Roots::new(&[root]).unwrap(),
-            locked,
+            lock: Lock::new(&database).await.unwrap(),
             shutdown: shutdown.clone(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -2,6 +2,7 @@
 //!
 //! Whoever comes first starts it; it stops when the last test process is gone.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +13,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
-use secateur::service::db::Database;
+use secateur::service::db::{Database, WorkerSelf};
 use secateur::service::local_pg::LocalPg;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 
@@ -45,6 +46,21 @@ pub async fn fresh_options() -> PgConnectOptions {
     sqlx::query(create).execute(&pool).await.unwrap();
     pool.close().await;
     options.database(&name)
+}
+
+/// A worker of 16 GiB and two cores, of which three quarters are for a job.
+pub fn worker(id: uuid::Uuid, device: &str) -> WorkerSelf {
+    WorkerSelf {
+        id,
+        host: "here".into(),
+        pid: 1,
+        device: device.into(),
+        version: "1".into(),
+        core_count: 2,
+        memory_bytes: 16 << 30,
+        job_memory_bytes: 12 << 30,
+        labels: BTreeMap::new(),
+    }
 }
 
 /// The same as a URL, for a process of its own.
