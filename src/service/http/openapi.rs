@@ -13,8 +13,8 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::auth::Scope;
 use super::{
-    AppState, artifacts, bundle, create, events, health, hub, jobs, keys, models, plans, results, sweeps,
-    uploads, webhooks, workers,
+    AppState, artifacts, audit, bundle, create, events, health, hub, jobs, keys, models, plans, results,
+    sweeps, uploads, webhooks, workers,
 };
 use crate::job::shape::Shapes;
 use crate::job::spec::JobSpec;
@@ -36,7 +36,7 @@ use crate::job::sweep::SweepSpec;
         (name = "uploads", description = "Texts that you bring"),
         (name = "hub", description = "Results as the Hugging Face Hub serves models: set `HF_ENDPOINT` to this service's `/hf`"),
         (name = "webhooks", description = "Who wants to hear of jobs"),
-        (name = "keys", description = "Who may call"),
+        (name = "keys", description = "Who may call, and who changed what"),
         (name = "workers", description = "What there is to compute on"),
         (name = "models", description = "What can be pruned"),
         (name = "health", description = "How the service is"),
@@ -59,6 +59,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(hub::routes())
         .merge(webhooks::routes())
         .merge(keys::routes())
+        .merge(audit::routes())
         .routes(routes!(workers::list))
         .routes(routes!(models::list))
         .routes(routes!(health::live))
