@@ -1,6 +1,7 @@
 //! What the service's commands have in common: flags, logs, signals.
 
 use std::io::IsTerminal;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use sqlx::postgres::PgConnectOptions;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::service::db::Database;
-use crate::service::http::ApiKey;
+use crate::service::http::{ApiKey, Limits};
 use crate::service::local_pg::LocalPg;
 use crate::service::sinks::{self, Hub, Lineage, Mlflow, Reach, Sink, Traces};
 use crate::service::store::{Bucket, Store};
@@ -158,6 +159,23 @@ impl KeyArgs {
         };
         let key = text.trim().parse().map_err(|e| anyhow::anyhow!("{from}: {e}"))?;
         Ok(Some(Arc::new(key)))
+    }
+}
+
+#[derive(clap::Args)]
+pub struct LimitArgs {
+    /// Requests that one key may make in a second, and as many at once; 0 for no bound. Callers without a key, which are on
+    /// this machine, have none.
+    #[arg(long, env = "SECATEUR_REQUESTS_PER_S", default_value_t = 1000, value_name = "N")]
+    requests_per_s: u32,
+    /// Event streams that one key may have open at once.
+    #[arg(long, env = "SECATEUR_STREAMS", default_value_t = 2000, value_name = "N")]
+    streams: usize,
+}
+
+impl LimitArgs {
+    pub fn limits(&self) -> Limits {
+        Limits { requests_per_s: NonZeroU32::new(self.requests_per_s), streams: self.streams }
     }
 }
 

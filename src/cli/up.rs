@@ -11,9 +11,9 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::options::{self, DataArgs, DatabaseArgs, KeyArgs, LogArgs, SinkArgs, WorkArgs};
+use super::options::{self, DataArgs, DatabaseArgs, KeyArgs, LimitArgs, LogArgs, SinkArgs, WorkArgs};
 use crate::service::db::{Database, Tenant};
-use crate::service::http::{self, AppState, Lock, Roots};
+use crate::service::http::{self, AppState, Feeds, Lock, Roots, Turnstile};
 use crate::service::local_pg::LocalPg;
 use crate::service::seal::Seal;
 use crate::service::sinks::{self, Drain};
@@ -49,6 +49,8 @@ pub struct ServeArgs {
     roots: Vec<PathBuf>,
     #[command(flatten)]
     key: KeyArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
     #[command(flatten)]
     sinks: SinkArgs,
 }
@@ -131,6 +133,7 @@ pub struct Door {
     sinks: sinks::Settings,
     roots: Roots,
     lock: Lock,
+    turnstile: Turnstile,
 }
 
 impl ServeArgs {
@@ -146,7 +149,8 @@ impl ServeArgs {
         http::may_bind(self.bind, lock.is_closed()).map_err(anyhow::Error::msg)?;
         let listener = TcpListener::bind(self.bind).await;
         let listener = listener.with_context(|| format!("cannot listen on {}", self.bind))?;
-        Ok(Door { listener, seal, sinks: self.sinks.settings()?, roots, lock })
+        let turnstile = Turnstile::new(self.limits.limits());
+        Ok(Door { listener, seal, sinks: self.sinks.settings()?, roots, lock, turnstile })
     }
 }
 
@@ -160,14 +164,17 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let listening = database.clone();
     tokio::spawn(async move { listening.listen(background).await });
-    let Door { listener, seal, sinks, roots, lock } = door;
+    let Door { listener, seal, sinks, roots, lock, turnstile } = door;
     let reach = sinks.reach;
     let publish_to = sinks.publish_to().into();
     let (told, files) = (database.clone(), store.clone());
     let drain = Drain { database: told, store: files, seal: seal.clone(), settings: sinks };
     tokio::spawn(drain.serve(shutdown.drain.clone()));
     tokio::spawn(expire(database.clone(), shutdown.drain.clone()));
-    let state = AppState { database, store, seal, reach, publish_to, roots, lock, shutdown: shutdown.drain };
+    let feeds = Feeds::default();
+    let stop = shutdown.drain;
+    let state =
+        AppState { database, store, seal, reach, publish_to, roots, lock, turnstile, feeds, shutdown: stop };
     let address = listener.local_addr()?;
     println!("listening on http://{address}");
     tracing::info!(%address, "ready");

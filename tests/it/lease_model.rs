@@ -166,7 +166,7 @@ impl Model {
             Step::ClaimRead(w, j) => self.claim_read(&mut s, w, j)?,
             Step::ClaimWrite(w) => self.claim_write(&mut s, w)?,
             Step::Renew(w) => self.renew(&mut s, w)?,
-            Step::Record(w) => self.record(&mut s, w)?,
+            Step::Record(w) => record(&mut s, w)?,
             Step::Finish(w) => self.end(&mut s, w, End::Finish)?,
             Step::Fail(w) => self.end(&mut s, w, End::Fail)?,
             Step::Release(w) => self.end(&mut s, w, End::Release)?,
@@ -231,7 +231,7 @@ impl Model {
         match job.state.after(Change::Claim) {
             Ok(running) => job.state = running,
             Err(_) if self.has(Flaw::ClaimWithoutLook) && s.leases[j].is_none() => {
-                job.state = JobState::Running
+                job.state = JobState::Running;
             }
             // `return Ok(None)`: cancelled, paused or claimed between the two statements.
             Err(_) => return Some(()),
@@ -253,16 +253,6 @@ impl Model {
                 row.expired = false;
                 s.trespass |= !mine;
             }
-            None => s.workers[w] = Hand::Idle,
-        }
-        Some(())
-    }
-
-    /// `select from leases where … epoch = $3 for update`; no row: lost.
-    fn record(&self, s: &mut State, w: usize) -> Option<()> {
-        let Hand::Holds { job, epoch, mine } = s.workers[w] else { return None };
-        match s.leases[job].filter(|row| row.epoch == epoch) {
-            Some(_) => s.trespass |= !mine,
             None => s.workers[w] = Hand::Idle,
         }
         Some(())
@@ -378,6 +368,16 @@ impl Model {
             None => Ok(states.len()),
         }
     }
+}
+
+/// `select from leases where … epoch = $3 for update`; no row: lost.
+fn record(s: &mut State, w: usize) -> Option<()> {
+    let Hand::Holds { job, epoch, mine } = s.workers[w] else { return None };
+    match s.leases[job].filter(|row| row.epoch == epoch) {
+        Some(_) => s.trespass |= !mine,
+        None => s.workers[w] = Hand::Idle,
+    }
+    Some(())
 }
 
 /// `job_cancel` and `job_pause`.

@@ -8,6 +8,8 @@ mod api_auth;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_bundle;
 #[cfg(all(feature = "engine", feature = "service"))]
+mod api_doors;
+#[cfg(all(feature = "engine", feature = "service"))]
 mod api_events;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_http;
@@ -15,6 +17,8 @@ mod api_http;
 mod api_hub;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_jobs;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod api_limits;
 #[cfg(all(feature = "engine", feature = "service"))]
 mod api_requests;
 #[cfg(all(feature = "engine", feature = "service"))]
@@ -29,6 +33,8 @@ mod bad_input;
 mod bucket;
 #[cfg(feature = "engine")]
 mod budget;
+#[cfg(all(feature = "engine", feature = "service"))]
+mod chaos;
 #[cfg(feature = "engine")]
 mod checkpoint;
 #[cfg(feature = "engine")]

@@ -8,7 +8,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Database, Entry, JobEvent, Progress, Result, Tenant, events, outbox, signals};
+use super::{Database, Entry, Error, JobEvent, Progress, Result, Tenant, events, outbox, signals};
 use crate::job::plan::Plan;
 use crate::job::report::Failure;
 use crate::job::spec::JobSpec;
@@ -345,8 +345,34 @@ impl Database {
     }
 }
 
+/// Jobs of one tenant are put in one at a time, so that the bound on them holds.
+const INSERT_LOCK: i32 = 7702;
+
+async fn check_room(tx: &mut PgConnection, tenant: Tenant) -> Result<()> {
+    let most: Option<i32> = sqlx::query_scalar("select max_queued from tenants where id = $1")
+        .bind(tenant)
+        .fetch_one(&mut *tx)
+        .await?;
+    let Some(most) = most else { return Ok(()) };
+    sqlx::query("select pg_advisory_xact_lock($1, $2)")
+        .bind(INSERT_LOCK)
+        .bind(tenant)
+        .execute(&mut *tx)
+        .await?;
+    let waiting: i64 =
+        sqlx::query_scalar("select count(*) from jobs where tenant_id = $1 and state = 'queued'")
+            .bind(tenant)
+            .fetch_one(tx)
+            .await?;
+    if waiting < i64::from(most) { Ok(()) } else { Err(Error::QueueFull(most)) }
+}
+
 /// Puts in a job within the caller's transaction.
+///
+/// # Errors
+/// [`Error::QueueFull`].
 pub(super) async fn insert(tx: &mut PgConnection, tenant: Tenant, id: Uuid, job: &NewJob) -> Result<JobRow> {
+    check_room(tx, tenant).await?;
     let JobSpec { deadlines, resources, .. } = &job.spec;
     let memory_bytes = resources.memory_bytes(job.plan.as_ref().map(|plan| plan.memory_bytes));
     sqlx::query(

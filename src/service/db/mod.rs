@@ -5,6 +5,7 @@
 //! needs both a lease and its job locks the lease first.
 
 mod artifacts;
+mod audit;
 mod deadlines;
 mod endpoints;
 mod events;
@@ -30,6 +31,7 @@ use crate::job::progress::Stage;
 use crate::job::state::{IllegalChange, JobState, Wish};
 
 pub use artifacts::{ArtifactRow, NewArtifact, best_checkpoint};
+pub use audit::AuditRow;
 pub use endpoints::EndpointRow;
 pub use events::{Entry, EventRow, JobEvent};
 pub use jobs::{Asked, Cursor, Deletion, JobFilter, JobPage, JobRow, NewJob};
@@ -63,6 +65,9 @@ pub enum Error {
     /// Somebody else holds the job now, or it has ended: nothing was written.
     #[error("the lease is lost: the job has a newer epoch or has ended")]
     LeaseLost,
+    /// So many jobs of the tenant wait, and no more may.
+    #[error("{0} jobs of the tenant wait, which is as many as there may be")]
+    QueueFull(i32),
     #[error("database: {0}")]
     Sql(sqlx::Error),
     #[error("database schema: {0}")]

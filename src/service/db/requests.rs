@@ -60,8 +60,9 @@ impl Database {
         Ok(at)
     }
 
-    /// Forgets expired keys of requests, and jobs that were deleted a quarter of a year ago.
+    /// Forgets expired keys of requests, jobs that were deleted a quarter of a year ago, and old changes.
     pub async fn forget_old_requests(&self) -> Result<()> {
+        self.forget_old_audit().await?;
         sqlx::query("delete from idempotency_keys where created_at < now() - interval '24 hours'")
             .execute(&self.pool)
             .await?;

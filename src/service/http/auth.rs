@@ -62,6 +62,9 @@ impl FromStr for ApiKey {
 
 impl ApiKey {
     /// A new one, and its text: shown once, kept by nobody here.
+    ///
+    /// # Panics
+    /// When it could not read what it writes, which it can.
     pub fn make() -> (Self, String) {
         let id = hex::encode(seal::random::<{ ID_LETTERS / 2 }>());
         let text = format!("sct_{id}_{}", hex::encode(seal::random::<32>()));
@@ -215,7 +218,9 @@ pub async fn check(
         Some(scope) if state.lock.is_closed() => {
             let key = presented(request.headers())?;
             let caller = open(&state, &key, scope).await?;
-            (caller, Some(key.id.into()))
+            let id: Arc<str> = key.id.into();
+            state.turnstile.pass(&id)?;
+            (caller, Some(id))
         }
         None if state.lock.is_closed() => (Caller(Tenant::DEFAULT), None),
         Some(_) | None => {

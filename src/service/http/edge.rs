@@ -23,9 +23,14 @@ const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
 );
 
+/// The id of a request, for those who write it down.
+#[derive(Debug, Clone)]
+pub struct RequestId(pub String);
+
 /// The outermost layer.
-pub async fn edge(request: Request, next: Next) -> Response {
+pub async fn edge(mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
+    request.extensions_mut().insert(RequestId(id.clone()));
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let method = request.method().clone();
     let span = tracing::info_span!("request", %method, %route, request_id = id);

@@ -8,7 +8,6 @@ use axum::extract::{Extension, State};
 use axum::http::HeaderMap;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc::{self, Sender};
@@ -18,12 +17,14 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::AppState;
-use super::auth::Caller;
+use super::auth::{Caller, CallerKey};
 use super::extract::{JobId, Pairs, limit, parameter, prefers};
-use super::job::{JobProgress, Page};
+use super::feed::{News, Told};
+use super::job::Page;
 use super::jobs::job_row;
+use super::limits::StreamPlace;
 use super::problem::{Problem, ProblemBody};
-use crate::service::db::{self, EventRow, JobRow, Signal, Tenant};
+use crate::service::db::{self, EventRow, JobRow, Signal};
 
 /// Wake-up calls can be lost; so we look by ourselves, too.
 pub const POLL: Duration = Duration::from_secs(2);
@@ -61,11 +62,13 @@ pub fn routes() -> OpenApiRouter<AppState> {
         )),
         (status = 400, description = "The query is wrong", body = ProblemBody),
         (status = 404, description = "No such job", body = ProblemBody),
+        (status = 429, description = "The key has as many streams as one may have", body = ProblemBody),
     )
 )]
 async fn events(
     State(state): State<AppState>,
     Extension(Caller(tenant)): Extension<Caller>,
+    Extension(key): Extension<CallerKey>,
     JobId(id): JobId,
     Pairs(query): Pairs,
     headers: HeaderMap,
@@ -84,7 +87,8 @@ async fn events(
         if let Some(last) = headers.get("last-event-id").and_then(|v| v.to_str().ok()) {
             after = parameter("Last-Event-ID", last)?;
         }
-        return Ok(stream(state, job, after, kinds).into_response());
+        let place = state.turnstile.stream(&key)?;
+        return Ok(stream(state, job, after, kinds, place).into_response());
     }
     let mut rows = state.database.events_after(tenant, id, after, &kinds, size + 1).await?;
     let has_more = rows.len() > size as usize;
@@ -97,17 +101,17 @@ fn stream(
     job: JobRow,
     after: i64,
     kinds: Vec<String>,
+    place: StreamPlace,
 ) -> Sse<impl futures_util::Stream<Item = Result<sse::Event, Infallible>>> {
     let (to, from) = mpsc::channel(AHEAD);
-    // Listening starts before the first look, so nothing falls between.
-    let signals = state.database.signals();
     let shutdown = state.shutdown.clone();
-    let follower = Follower { state, tenant: job.tenant, id: job.id, seq: after, kinds, progress: None, to };
+    let follower = Follower { state, job, seq: after, kinds, to };
     tokio::spawn(async move {
+        let _place = place;
         tokio::select! {
             // axum waits for open streams at shutdown (axum #2673): they end here.
             () = shutdown.cancelled() => {}
-            () = follower.follow(signals) => {}
+            () = follower.follow() => {}
         }
     });
     Sse::new(ReceiverStream::new(from)).keep_alive(KeepAlive::new().interval(PING).text("ping"))
@@ -116,97 +120,85 @@ fn stream(
 /// Tells one reader what happens to one job.
 struct Follower {
     state: AppState,
-    tenant: Tenant,
-    id: Uuid,
+    job: JobRow,
     /// Number of the last event told.
     seq: i64,
     /// Those that the reader wants; all when there are none.
     kinds: Vec<String>,
-    progress: Option<JobProgress>,
     to: Sender<Result<sse::Event, Infallible>>,
 }
 
-/// Whether there may be more to tell.
-#[derive(PartialEq)]
-enum More {
-    Yes,
-    No,
-}
+/// The reader has left.
+struct Gone;
 
 impl Follower {
-    async fn follow(mut self, mut signals: Receiver<Signal>) {
+    async fn follow(mut self) {
+        // Watching starts before the events so far are read, so nothing falls between.
+        let mut news = self.state.feeds.watch(&self.state.database, &self.job);
         loop {
-            match self.tell_news().await {
-                Ok(More::Yes) => {}
-                Ok(More::No) => return,
-                // The reader need not know: the stream goes on when the database is back.
-                Err(error) => tracing::warn!(%error, job = %self.id, "an event stream waits"),
-            }
-            tokio::select! {
-                () = self.to.closed() => return,
-                () = tokio::time::sleep(POLL) => {}
-                () = hear(&mut signals, self.id) => {}
-            }
-        }
-    }
-
-    async fn tell_news(&mut self) -> db::Result<More> {
-        // The state first: if the job has ended by now, all its events are there to be read.
-        let Some(job) = self.state.database.job(self.tenant, self.id).await? else {
-            return Ok(self.end().await);
-        };
-        loop {
-            let rows = self
-                .state
-                .database
-                .events_after(self.tenant, self.id, self.seq, &self.kinds, MAX_PAGE)
-                .await?;
-            let more = rows.len() == MAX_PAGE as usize;
-            for row in rows {
-                self.seq = row.seq;
-                if self.tell(entry(&row)).await == More::No {
-                    return Ok(More::No);
+            match self.catch_up().await {
+                Ok(Ok(())) => {}
+                Ok(Err(Gone)) => return,
+                Err(error) => {
+                    tracing::warn!(%error, job = %self.job.id, "an event stream waits");
+                    tokio::select! {
+                        () = self.to.closed() => return,
+                        () = tokio::time::sleep(POLL) => continue,
+                    }
                 }
             }
-            if !more {
-                break;
+            // Until it ends, or this reader is so far behind that it must catch up again.
+            loop {
+                let heard = tokio::select! {
+                    () = self.to.closed() => return,
+                    heard = news.recv() => heard,
+                };
+                match heard {
+                    Ok(heard) => {
+                        if self.tell(&heard).await.is_err() || matches!(*heard, News::End) {
+                            return;
+                        }
+                    }
+                    Err(RecvError::Lagged(_)) => break,
+                    Err(RecvError::Closed) => return,
+                }
             }
         }
-        if job.state.is_terminal() { Ok(self.end().await) } else { self.tell_progress(&job).await }
     }
 
-    async fn tell_progress(&mut self, job: &JobRow) -> db::Result<More> {
-        let Some(progress) = &job.progress else { return Ok(More::Yes) };
-        let stages = self.state.database.stages(self.tenant, self.id).await?;
-        let progress = JobProgress::new(progress, &stages);
-        let same = |old: &JobProgress| {
-            (&old.task, old.stage, old.done) == (&progress.task, progress.stage, progress.done)
+    /// Tells what has happened so far.
+    async fn catch_up(&mut self) -> db::Result<Result<(), Gone>> {
+        loop {
+            let database = &self.state.database;
+            let rows =
+                database.events_after(self.job.tenant, self.job.id, self.seq, &self.kinds, MAX_PAGE).await?;
+            for row in &rows {
+                if self.tell(&News::Event(Told::new(row))).await.is_err() {
+                    return Ok(Err(Gone));
+                }
+            }
+            if rows.len() < MAX_PAGE as usize {
+                return Ok(Ok(()));
+            }
+        }
+    }
+
+    /// Passes on what the reader wants and has not been told.
+    async fn tell(&mut self, news: &News) -> Result<(), Gone> {
+        let event = match news {
+            News::Event(told) if told.seq <= self.seq => return Ok(()),
+            News::Event(told) => {
+                self.seq = told.seq;
+                if !self.kinds.is_empty() && !self.kinds.contains(&told.kind) {
+                    return Ok(());
+                }
+                sse::Event::default().id(told.seq.to_string()).event(&told.kind).data(&told.data)
+            }
+            News::Progress(data) => sse::Event::default().event("progress").data(data),
+            News::End => sse::Event::default().event("end").data("{}"),
         };
-        if self.progress.as_ref().is_some_and(same) {
-            return Ok(More::Yes);
-        }
-        let event = sse::Event::default().event("progress").data(json!(progress).to_string());
-        self.progress = Some(progress);
-        Ok(self.tell(event).await)
+        self.to.send(Ok(event)).await.map_err(|_| Gone)
     }
-
-    async fn end(&self) -> More {
-        self.tell(sse::Event::default().event("end").data("{}")).await;
-        More::No
-    }
-
-    async fn tell(&self, event: sse::Event) -> More {
-        match self.to.send(Ok(event)).await {
-            Ok(()) => More::Yes,
-            Err(_) => More::No,
-        }
-    }
-}
-
-fn entry(row: &EventRow) -> sse::Event {
-    let data = serde_json::to_value(row).expect("an event is JSON. This is a bug.");
-    let name = data["event"].as_str().unwrap_or("message").to_owned();
-    sse::Event::default().id(row.seq.to_string()).event(name).data(data.to_string())
 }
 
 /// Returns when there may be news of job `id`.

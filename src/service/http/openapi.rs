@@ -13,7 +13,7 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::auth::Scope;
 use super::{
-    AppState, artifacts, bundle, create, events, health, hub, jobs, keys, models, plans, results, sinks,
+    AppState, artifacts, audit, bundle, create, events, health, hub, jobs, keys, models, plans, results, sinks,
     sweeps, uploads, webhooks, workers,
 };
 use crate::job::shape::Shapes;
@@ -36,7 +36,7 @@ use crate::job::sweep::SweepSpec;
         (name = "uploads", description = "Texts that you bring"),
         (name = "hub", description = "Results as the Hugging Face Hub serves models: set `HF_ENDPOINT` to this service's `/hf`"),
         (name = "webhooks", description = "Who wants to hear of jobs"),
-        (name = "keys", description = "Who may call"),
+        (name = "keys", description = "Who may call, and who changed what"),
         (name = "workers", description = "What there is to compute on"),
         (name = "models", description = "What can be pruned"),
         (name = "health", description = "How the service is"),
@@ -60,6 +60,7 @@ pub fn routes() -> OpenApiRouter<AppState> {
         .merge(hub::routes())
         .merge(webhooks::routes())
         .merge(keys::routes())
+        .merge(audit::routes())
         .routes(routes!(workers::list))
         .routes(routes!(models::list))
         .routes(routes!(health::live))

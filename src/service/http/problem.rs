@@ -39,6 +39,9 @@ pub enum Code {
     UploadIncomplete,
     DigestMismatch,
     QuotaExceeded,
+    TooManyRequests,
+    TooManyStreams,
+    QueueFull,
     ResultNotReady,
     MethodNotAllowed,
     NotAcceptable,
@@ -63,7 +66,7 @@ const fn row(name: &'static str, status: StatusCode, title: &'static str) -> Row
 }
 
 impl Code {
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 38] = [
         Self::InvalidJson,
         Self::InvalidQuery,
         Self::InvalidId,
@@ -88,6 +91,9 @@ impl Code {
         Self::UploadIncomplete,
         Self::DigestMismatch,
         Self::QuotaExceeded,
+        Self::TooManyRequests,
+        Self::TooManyStreams,
+        Self::QueueFull,
         Self::ResultNotReady,
         Self::MethodNotAllowed,
         Self::NotAcceptable,
@@ -129,6 +135,9 @@ impl Code {
             Self::UploadIncomplete => row("upload-incomplete", S::CONFLICT, "Parts of the upload are missing"),
             Self::DigestMismatch => row("digest-mismatch", S::BAD_REQUEST, "The bytes are not what their digest says"),
             Self::QuotaExceeded => row("quota-exceeded", S::PAYLOAD_TOO_LARGE, "There is no room for it"),
+            Self::TooManyRequests => row("too-many-requests", S::TOO_MANY_REQUESTS, "The key asks too often"),
+            Self::TooManyStreams => row("too-many-streams", S::TOO_MANY_REQUESTS, "The key has too many event streams"),
+            Self::QueueFull => row("queue-full", S::TOO_MANY_REQUESTS, "Too many jobs wait"),
             Self::ResultNotReady => row("result-not-ready", S::NOT_FOUND, "The result is not there yet"),
             Self::MethodNotAllowed => row("method-not-allowed", S::METHOD_NOT_ALLOWED, "This route has no such method"),
             Self::NotAcceptable => row("not-acceptable", S::NOT_ACCEPTABLE, "It cannot be had in that form"),
@@ -181,6 +190,10 @@ impl Code {
             Self::UploadIncomplete => "The detail names them; send them and complete the upload again.",
             Self::DigestMismatch => "They were damaged on their way, or are those of another file. Send them again.",
             Self::QuotaExceeded => "The detail says how much there may be; delete what is not needed any more.",
+            Self::TooManyRequests => "Wait as long as Retry-After says. Event streams and `Prefer: wait` tell what happens without \
+                 asking again and again.",
+            Self::TooManyStreams => "End one, or read events as pages. One stream tells all of a job.",
+            Self::QueueFull => "Try again when some of your jobs have run, or cancel those that are not needed.",
             Self::ResultNotReady => "The stage that makes it has not finished, or the job ended before it. Follow \
                  the job's events.",
             Self::MethodNotAllowed => "The Allow header names the methods it has.",
@@ -208,7 +221,8 @@ impl Code {
 
     /// Whether the very same request may succeed later.
     pub const fn retryable(self) -> bool {
-        matches!(self.status(), StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+        use StatusCode as S;
+        matches!(self.status(), S::SERVICE_UNAVAILABLE | S::GATEWAY_TIMEOUT | S::TOO_MANY_REQUESTS)
     }
 }
 
@@ -317,6 +331,10 @@ impl From<db::Error> for Problem {
             }
             db::Error::Illegal(illegal) => {
                 Self::new(Code::StateConflict, format!("The job is {}.", illegal.from))
+            }
+            db::Error::QueueFull(most) => {
+                let detail = format!("You have {most} jobs that wait, which is as many as there may be.");
+                Self::new(Code::QueueFull, detail)
             }
             error @ (db::Error::LeaseLost | db::Error::Sql(_) | db::Error::Migrate(_)) => {
                 Self::internal(error)

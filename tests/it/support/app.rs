@@ -9,11 +9,12 @@ use axum::http::{HeaderMap, Uri};
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use secateur::job::spec::JobSpec;
 use secateur::service::db::{Database, JobRow, Lease, NewArtifact, NewJob, Tenant};
-use secateur::service::http::{ApiKey, AppState, Lock, Roots, serve};
+use secateur::service::http::{ApiKey, AppState, Feeds, Limits, Lock, Roots, Turnstile, serve};
 use secateur::service::seal::Seal;
 use secateur::service::sinks::{Drain, Reach, Settings, Sink};
 use secateur::service::store::{Store, epoch_prefix};
 use serde_json::{Value, json};
+use sqlx::postgres::PgConnectOptions;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -27,9 +28,12 @@ pub const KEY: &str = "sct_testkey1_0123456789abcdef0123456789abcdef";
 
 /// Whose repositories of the Hub jobs may name.
 pub const PUBLISH_TO: &str = "my-team";
+const UNBOUND: Limits = Limits { requests_per_s: None, streams: 2000 };
 
 pub struct App {
     pub url: String,
+    /// Of the database, for what no route does.
+    pub address: PgConnectOptions,
     pub database: Database,
     pub store: Store,
     pub shutdown: CancellationToken,
@@ -41,19 +45,26 @@ pub struct App {
 impl App {
     /// Without a key, as `secateur up` on a laptop.
     pub async fn start() -> Self {
-        Self::start_with(false).await
+        Self::start_with(false, UNBOUND).await
     }
 
     /// With [`KEY`].
     pub async fn start_locked() -> Self {
-        Self::start_with(true).await
+        Self::start_with(true, UNBOUND).await
     }
 
-    async fn start_with(locked: bool) -> Self {
+    /// With [`KEY`], which may not ask for more than `limits`.
+    pub async fn start_limited(limits: Limits) -> Self {
+        Self::start_with(true, limits).await
+    }
+
+    async fn start_with(locked: bool, limits: Limits) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path().join("root");
         fs::create_dir(&root).unwrap();
-        let database = postgres::fresh().await;
+        let address = postgres::fresh_options().await;
+        let database = postgres::connect(&address).await;
+        database.migrate().await.unwrap();
         if locked {
             let key: ApiKey = KEY.parse().unwrap();
             database.key_put(&key.row(Tenant::DEFAULT, "test")).await.unwrap();
@@ -68,6 +79,8 @@ impl App {
             publish_to: [PUBLISH_TO.to_owned()].into(),
             roots: Roots::new(&[root]).unwrap(),
             lock: Lock::new(&database).await.unwrap(),
+            turnstile: Turnstile::new(limits),
+            feeds: Feeds::default(),
             shutdown: shutdown.clone(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -75,7 +88,7 @@ impl App {
         let (listening, stop) = (database.clone(), shutdown.clone());
         tokio::spawn(async move { listening.listen(stop).await });
         let server = tokio::spawn(serve(listener, state));
-        Self { url, database, store, shutdown, client: client(), server, directory }
+        Self { url, address, database, store, shutdown, client: client(), server, directory }
     }
 
     /// Drains the outbox as the service does, with waits a thousand times shorter.
