@@ -79,10 +79,10 @@ need_prometheus() { command -v promtool >/dev/null || apt_install prometheus; }
 need_peers() {
   need_python
   local venv=$cache/check-peers
-  [ -x "$venv/bin/mlflow" ] && return
+  [ -x "$venv/bin/st" ] && return
   say "pip install mlflow and others into $venv"
   python3 -m venv "$venv"
-  "$venv/bin/pip" install --quiet mlflow standardwebhooks grafana-foundation-sdk httpx pydantic
+  "$venv/bin/pip" install --quiet mlflow standardwebhooks grafana-foundation-sdk httpx pydantic schemathesis
 }
 
 for what in "$@"; do
