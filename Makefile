@@ -29,7 +29,7 @@ check:
 	cargo fmt
 	cargo clippy --locked --all-targets -- -D warnings
 
-## make check-peers dashboard, metrics, webhooks, MLflow, traces, lineage, Hub, S3, several nodes and the Python client against real peers: Chromium, Prometheus, PyPI's
+## make check-peers the API, dashboard, metrics, webhooks, MLflow, traces, lineage, Hub, S3, several nodes and the Python client against real peers: schemathesis, Chromium, Prometheus, PyPI's
 check-peers:
 	scripts/install.sh cargo postgres python chromium prometheus peers
 	cargo build --locked

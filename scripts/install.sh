@@ -79,7 +79,7 @@ need_prometheus() { command -v promtool >/dev/null || apt_install prometheus; }
 need_peers() {
   need_python
   local venv=$cache/check-peers
-  local packages=(mlflow standardwebhooks grafana-foundation-sdk httpx pydantic opentelemetry-proto openlineage-python huggingface_hub 'moto[server]' boto3)
+  local packages=(mlflow standardwebhooks grafana-foundation-sdk httpx pydantic opentelemetry-proto openlineage-python huggingface_hub 'moto[server]' boto3 schemathesis)
   [ "$(cat "$venv/packages" 2>/dev/null)" = "${packages[*]}" ] && return
   say "pip install mlflow and others into $venv"
   python3 -m venv "$venv"

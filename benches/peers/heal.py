@@ -33,6 +33,7 @@ def arguments():
     p.add_argument("--train", required=True, type=pathlib.Path, help='JSONL of {"text"}')
     p.add_argument("--judge", required=True, type=pathlib.Path, action="append", help="text that judges; again for more")
     p.add_argument("--drop", default="3,6,9")
+    p.add_argument("--heals", default="qlora;least_squares, qlora;reconstruct, qlora;peft", help="some of these, by semicolon")
     p.add_argument("--seeds", default="0,1")
     p.add_argument("--threads", default=2, type=int)
     return p.parse_args()
@@ -147,6 +148,7 @@ def main():
         rows = bench.write_rows()
         ours = {"qlora": [], "least_squares, qlora": [{"method": "least_squares", "corpus": corpus(bench.rows)}],
                 "reconstruct, qlora": [{"method": "reconstruct", "corpus": corpus(bench.rows), "learning_rate": 1e-3}]}
+        heals = args.heals.split(";")
         for drop in map(int, args.drop.split(",")):
             prune = {"amount": {"layers": drop}, "strategy": "block_endpoint", "keep_first": 1}
             workspace, scores, _ = bench.run(f"cut-{drop}", bench.spec(args.model, prune, [], 0))
@@ -158,10 +160,12 @@ def main():
             tell("intact", None, base, 0)
             tell("none", None, cut, 0)
             for seed in map(int, args.seeds.split(",")):
-                for name, before in ours.items():
+                for name, before in ((name, ours[name]) for name in heals if name in ours):
                     spec = bench.spec(args.model, prune, [*before, qlora(bench.rows)], seed)
                     _, scores, seconds = bench.run(f"ours-{drop}-{seed}-{len(name)}", spec)
                     tell(name, seed, losses(scores["healed"]), seconds)
+                if "peft" not in heals:
+                    continue
                 out = bench.scratch / f"peft-{drop}-{seed}"
                 seconds = peer(workspace / "pruned", rows, seed, out)
                 tell("peft", seed, bench.judged(out, f"judged-{drop}-{seed}"), seconds)

@@ -13,8 +13,8 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use super::auth::Scope;
 use super::{
-    AppState, artifacts, audit, bundle, create, events, health, hub, jobs, keys, models, plans, results, sinks,
-    sweeps, uploads, webhooks, workers,
+    AppState, artifacts, audit, bundle, create, events, health, hub, jobs, keys, models, plans, results,
+    sinks, sweeps, uploads, webhooks, workers,
 };
 use crate::job::shape::Shapes;
 use crate::job::spec::JobSpec;

@@ -91,7 +91,11 @@ async fn metrics(
     for (name, value) in query {
         match name.as_str() {
             "key" => key = Some(value),
-            "since_step" => since_step = parameter("since_step", &value)?,
+            "since_step" => {
+                // An int64 from 0 on, as the document has it.
+                let step: i64 = parameter("since_step", &value)?;
+                since_step = u64::try_from(step).or_else(|_| parameter("since_step", &value))?;
+            }
             _ => return Err(Pairs::unknown(&name, "key, since_step")),
         }
     }
