@@ -33,7 +33,7 @@ const STOPPED: i32 = 128 + 15;
 const BAD_SPEC: i32 = 2;
 
 /// What opens the database, the API, the store and receivers of messages.
-const SECRETS: [&str; 8] = [
+const SECRETS: [&str; 9] = [
     "DATABASE_URL",
     "SECATEUR_API_KEY",
     "AWS_SECRET_ACCESS_KEY",
@@ -42,6 +42,7 @@ const SECRETS: [&str; 8] = [
     "MLFLOW_TRACKING_PASSWORD",
     "OPENLINEAGE_API_KEY",
     "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
 ];
 
 /// How an attempt ended.

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use crate::support::app::{App, KEY, problem};
+use crate::support::app::{App, KEY, client, problem};
 use crate::support::postgres::url;
 
 /// Another key of the same tenant.
@@ -209,7 +209,7 @@ impl Api {
     }
 
     async fn watch(&self, job: Uuid, count: usize) -> JoinSet<(Vec<i64>, bool)> {
-        let client = reqwest::Client::new();
+        let client = client();
         let mut watchers = JoinSet::new();
         for i in 0..count {
             let request = client.get(format!("{}/v1/jobs/{job}/events", self.url));

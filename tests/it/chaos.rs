@@ -271,7 +271,7 @@ async fn whatever_befalls_processes_network_and_disk_no_job_is_lost_and_none_end
     println!("seed {seed}: {jobs} jobs, {faults} faults");
     let mut dice = Dice(seed);
     let mut town = Town::found().await;
-    let client = reqwest::Client::new();
+    let client = crate::support::app::client();
     let mut ids = Vec::new();
     for n in 0..jobs {
         ids.push(town.submit(&client, n).await);
