@@ -9,6 +9,9 @@ use super::items::Item;
 use crate::engine::{Error, Result};
 use crate::job::benchmark::Benchmark;
 
+/// What answers of MMLU are called.
+const LETTERS: [&str; 4] = ["A", "B", "C", "D"];
+
 /// What a row asks.
 pub struct Question {
     pub item: Item,
@@ -52,81 +55,94 @@ impl Question {
 
 impl Row<'_> {
     fn item(&self) -> Result<Item> {
-        let asked = |context: String, choices: Vec<String>, gold: usize| Item::MultipleChoice {
-            context,
-            choices,
-            gold,
-        };
-        Ok(match self.benchmark {
-            Benchmark::ArcChallenge | Benchmark::ArcEasy => {
-                let (choices, gold) = self.labelled()?;
-                asked(format!("Question: {}\nAnswer:", self.text("question")?), choices, gold)
-            }
-            Benchmark::Openbookqa => {
-                let (choices, gold) = self.labelled()?;
-                asked(self.text("question_stem")?.to_owned(), choices, gold)
-            }
-            Benchmark::Boolq => {
-                let (passage, question) = (self.text("passage")?, self.text("question")?);
-                let choices = ["no", "yes"].map(str::to_owned).to_vec();
-                asked(format!("{passage}\nQuestion: {question}?\nAnswer:"), choices, self.number("label")?)
-            }
-            Benchmark::Piqa => {
-                let choices = vec![self.text("sol1")?.to_owned(), self.text("sol2")?.to_owned()];
-                asked(format!("Question: {}\nAnswer:", self.text("goal")?), choices, self.number("label")?)
-            }
-            Benchmark::Sciq => {
-                let (support, question) = (self.text("support")?.trim_start(), self.text("question")?);
-                let choices = ["distractor1", "distractor2", "distractor3", "correct_answer"];
-                let choices = choices.map(|name| self.text(name).map(str::to_owned));
-                let choices = choices.into_iter().collect::<Result<_>>()?;
-                asked(format!("{support}\nQuestion: {question}\nAnswer:"), choices, 3)
-            }
-            Benchmark::Hellaswag => {
-                let (label, ctx_a) = (self.text("activity_label")?, self.text("ctx_a")?);
-                let query = format!("{label}: {ctx_a} {}", capitalised(self.text("ctx_b")?));
-                let endings = self.texts("endings")?.into_iter().map(|ending| without_brackets(&ending));
-                asked(without_brackets(&query), endings.collect(), self.number("label")?)
-            }
-            Benchmark::Mmlu => {
-                let choices = self.texts("choices")?;
-                let lettered = ["A", "B", "C", "D"].iter().zip(&choices);
-                let lettered: String =
-                    lettered.map(|(letter, choice)| format!("{letter}. {choice}\n")).collect();
-                let context = format!("{}\n{lettered}Answer:", self.text("question")?.trim());
-                let letters = ["A", "B", "C", "D"].map(str::to_owned).to_vec();
-                asked(context, letters, self.number("answer")?)
-            }
-            Benchmark::MmluContinuation => {
-                let context = format!("Question: {}\nAnswer:", self.text("question")?.trim());
-                asked(context, self.texts("choices")?, self.number("answer")?)
-            }
-            Benchmark::Winogrande => {
-                let sentence = self.text("sentence")?;
-                let (before, behind) = sentence
-                    .split_once('_')
-                    .ok_or_else(|| self.wrong("`sentence` has no \"_\" where the options go"))?;
-                let options = [self.text("option1")?, self.text("option2")?];
-                let contexts = options.iter().map(|option| format!("{before}{option}")).collect();
-                let gold = self.number("answer")?;
-                let gold = gold.checked_sub(1).ok_or_else(|| self.wrong("`answer` must be 1 or 2"))?;
-                Item::ContextChoice { contexts, continuation: behind.trim().to_owned(), gold }
-            }
+        match self.benchmark {
+            Benchmark::Winogrande => self.winogrande(),
             Benchmark::LambadaOpenai => {
                 let (context, last) = self
                     .text("text")?
                     .rsplit_once(' ')
                     .ok_or_else(|| self.wrong("`text` is one word, so there is nothing to go on from"))?;
-                Item::Loglikelihood { context: context.to_owned(), continuation: last.to_owned() }
+                Ok(Item::Loglikelihood { context: context.to_owned(), continuation: last.to_owned() })
             }
             Benchmark::Gsm8k => {
                 let answer = self.text("answer")?.rsplit("####").next().unwrap_or_default();
-                Item::written(
-                    format!("Question: {}\nAnswer:", self.text("question")?),
-                    answer.trim().to_owned(),
-                )
+                let context = format!("Question: {}\nAnswer:", self.text("question")?);
+                Ok(Item::written(context, answer.trim().to_owned()))
             }
+            Benchmark::Hellaswag
+            | Benchmark::ArcChallenge
+            | Benchmark::ArcEasy
+            | Benchmark::Boolq
+            | Benchmark::Mmlu
+            | Benchmark::MmluContinuation
+            | Benchmark::Openbookqa
+            | Benchmark::Piqa
+            | Benchmark::Sciq => {
+                let context = self.asked()?;
+                let (choices, gold) = self.choices()?;
+                Ok(Item::MultipleChoice { context, choices, gold })
+            }
+        }
+    }
+
+    /// What is asked where one of several answers is to be chosen.
+    fn asked(&self) -> Result<String> {
+        let text = |name: &str| self.text(name);
+        Ok(match self.benchmark {
+            Benchmark::Openbookqa => text("question_stem")?.to_owned(),
+            Benchmark::Boolq => format!("{}\nQuestion: {}?\nAnswer:", text("passage")?, text("question")?),
+            Benchmark::Piqa => format!("Question: {}\nAnswer:", text("goal")?),
+            Benchmark::Sciq => {
+                format!("{}\nQuestion: {}\nAnswer:", text("support")?.trim_start(), text("question")?)
+            }
+            Benchmark::Hellaswag => {
+                let (label, ctx_a, ctx_b) = (text("activity_label")?, text("ctx_a")?, text("ctx_b")?);
+                without_brackets(&format!("{label}: {ctx_a} {}", capitalised(ctx_b)))
+            }
+            Benchmark::Mmlu => {
+                let choices = self.texts("choices")?;
+                let lettered = LETTERS.iter().zip(&choices);
+                let lettered: String =
+                    lettered.map(|(letter, choice)| format!("{letter}. {choice}\n")).collect();
+                format!("{}\n{lettered}Answer:", text("question")?.trim())
+            }
+            Benchmark::MmluContinuation => format!("Question: {}\nAnswer:", text("question")?.trim()),
+            _ => format!("Question: {}\nAnswer:", text("question")?),
         })
+    }
+
+    /// The answers, and which of them is right.
+    fn choices(&self) -> Result<(Vec<String>, usize)> {
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let fields = |names: &[&str]| {
+            names.iter().map(|name| self.text(name).map(str::to_owned)).collect::<Result<Vec<_>>>()
+        };
+        match self.benchmark {
+            Benchmark::Boolq => Ok((words(&["no", "yes"]), self.number("label")?)),
+            Benchmark::Piqa => Ok((fields(&["sol1", "sol2"])?, self.number("label")?)),
+            Benchmark::Sciq => {
+                Ok((fields(&["distractor1", "distractor2", "distractor3", "correct_answer"])?, 3))
+            }
+            Benchmark::Hellaswag => {
+                let endings = self.texts("endings")?;
+                Ok((endings.iter().map(|ending| without_brackets(ending)).collect(), self.number("label")?))
+            }
+            Benchmark::Mmlu => Ok((words(&LETTERS), self.number("answer")?)),
+            Benchmark::MmluContinuation => Ok((self.texts("choices")?, self.number("answer")?)),
+            _ => self.labelled(),
+        }
+    }
+
+    fn winogrande(&self) -> Result<Item> {
+        let (before, behind) = self
+            .text("sentence")?
+            .split_once('_')
+            .ok_or_else(|| self.wrong("`sentence` has no \"_\" where the options go"))?;
+        let options = [self.text("option1")?, self.text("option2")?];
+        let contexts = options.iter().map(|option| format!("{before}{option}")).collect();
+        let gold = self.number("answer")?.checked_sub(1);
+        let gold = gold.ok_or_else(|| self.wrong("`answer` must be 1 or 2"))?;
+        Ok(Item::ContextChoice { contexts, continuation: behind.trim().to_owned(), gold })
     }
 
     /// What is said before questions about a subject, and the subject.
@@ -180,7 +196,7 @@ fn capitalised(text: &str) -> String {
     first.chain(characters.as_str().to_lowercase().chars()).collect()
 }
 
-/// What WikiHow left in HellaSwag: "[title]" stands for a full stop, other brackets for nothing.
+/// What `WikiHow` left in `HellaSwag`: "[title]" stands for a full stop, other brackets for nothing.
 fn without_brackets(text: &str) -> String {
     static BRACKETS: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"\[.*?\]").expect("a regular expression. This is a bug."));

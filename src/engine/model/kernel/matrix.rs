@@ -110,7 +110,7 @@ impl Matrix {
         self.packed(turned, |count| Data::Nf4(pack(count)))
     }
 
-    /// The same as GGML's Q4_0 has it.
+    /// The same as GGML's `Q4_0` has it.
     #[must_use]
     pub fn q4(&self, turned: bool) -> Self {
         let pack = |count| Q4::pack(count, |first, out| self.values(first, turned, out));

@@ -1,4 +1,4 @@
-//! Weights in the 4 bits of GGML's Q4_0: for each 32 of them a scale in float16, and sixteen equal steps of it. The
+//! Weights in the 4 bits of GGML's `Q4_0`: for each 32 of them a scale in float16, and sixteen equal steps of it. The
 //! same values as in a file of llama.cpp's, so that adapters are trained over the base that will be served.
 
 #[cfg(target_arch = "x86_64")]
