@@ -196,7 +196,7 @@ fn capitalised(text: &str) -> String {
     first.chain(characters.as_str().to_lowercase().chars()).collect()
 }
 
-/// What `WikiHow` left in `HellaSwag`: "[title]" stands for a full stop, other brackets for nothing.
+/// What `WikiHow` left in `HellaSwag`: `[title]` stands for a full stop, other brackets for nothing.
 fn without_brackets(text: &str) -> String {
     static BRACKETS: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"\[.*?\]").expect("a regular expression. This is a bug."));
