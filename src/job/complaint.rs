@@ -298,8 +298,9 @@ mod tests {
             "/model/path",
             "/prune/amount",
             "/eval/tasks/0/task",
-            "/eval/tasks/0/items",
             "/eval/tasks/1/items/text",
+            // A rule: a task that is called after a benchmark needs none.
+            "/eval/tasks/0/items",
         ];
         assert_eq!(pointers(spec), expected);
     }
