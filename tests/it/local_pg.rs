@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::{Signal, kill_process, test_kill_process};
@@ -28,7 +29,7 @@ async fn a_private_postgres_keeps_its_data_over_a_stop_and_a_start() {
     assert!(test_kill_process(pid).is_err(), "stopped means gone");
     drop(postgres);
 
-    let postgres = LocalPg::start(home.path()).unwrap();
+    let postgres = start_when_free(home.path());
     let database = answers(&postgres).await;
     assert_eq!(database.job_counts().await.unwrap(), [], "the schema is still there");
     database.close().await;
@@ -44,6 +45,17 @@ async fn only_one_service_at_a_time_uses_a_directory() {
     postgres.stop();
 }
 
+/// Starts once the lock of the directory is free: a child of another test has it, too, until it has become its program.
+fn start_when_free(home: &Path) -> LocalPg {
+    for _ in 0..200 {
+        match LocalPg::start(home) {
+            Err(Error::InUse(_)) => std::thread::sleep(Duration::from_millis(50)),
+            started => return started.unwrap(),
+        }
+    }
+    panic!("somebody holds {}", home.display())
+}
+
 #[tokio::test]
 async fn a_postmaster_that_outlived_its_service_is_adopted_and_can_be_stopped() {
     let home = reachable_directory();
@@ -51,13 +63,13 @@ async fn a_postmaster_that_outlived_its_service_is_adopted_and_can_be_stopped() 
     let pid = first.pid().unwrap();
     // What a kill -9 of the service leaves: the postmaster runs, the lock is free.
     drop(first);
-    let second = LocalPg::start(home.path()).unwrap();
+    let second = start_when_free(home.path());
     assert_eq!(second.pid(), Some(pid));
     answers(&second).await.close().await;
     assert!(!second.keep_running().unwrap());
     second.stop();
     drop(second);
-    let third = LocalPg::start(home.path()).unwrap();
+    let third = start_when_free(home.path());
     assert_ne!(third.pid(), Some(pid), "the old one is gone");
     third.stop();
 }
