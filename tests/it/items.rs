@@ -212,6 +212,9 @@ fn shots_are_the_first_solved_questions_of_the_same_subject() {
     let first = TaskSpec { limit: Some(1), ..task.clone() };
     let context = format!("{about}{} C\n\n{} C\n\n{}", shown("one"), shown("four"), shown("three"));
     assert_eq!(items::read(&first).unwrap(), [choices(&context, &["A", "B", "C", "D"], 2)]);
+    let none = TaskSpec { shots_from: Some(rows(&[])), ..first };
+    let error = items::read(&none).unwrap_err().to_string();
+    assert!(error.contains("0 questions about law"), "{error}");
     let error = items::read(&task).unwrap_err().to_string();
     assert!(error.contains("1 questions about art") && error.contains("the 2 of `shots`"), "{error}");
 }

@@ -138,7 +138,7 @@ pub fn read(task: &TaskSpec) -> Result<Vec<Item>> {
 fn shots_before(asked: &Question, shots: &[Question], count: usize) -> Result<String> {
     let fit = |shot: &&Question| shot.subject == asked.subject && shot.solved != asked.solved;
     let fitting: Vec<&str> = shots.iter().filter(fit).take(count).map(|shot| &*shot.solved).collect();
-    if !shots.is_empty() && fitting.len() < count {
+    if fitting.len() < count {
         let of = asked.subject.as_ref().map_or(String::new(), |subject| format!(" about {subject}"));
         return Err(Error::data(format!(
             "`shots_from` has {} questions{of}, not the {count} of `shots`; ask for fewer",
