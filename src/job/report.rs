@@ -15,6 +15,17 @@ pub use super::scores::{
 };
 use super::spec::{GgufType, JobSpec, Strategy, TokenPosition, Zones};
 
+/// Files that a run leaves in its workspace for people to look at, beside directories of weights and plots.
+pub const FILES: [&str; 7] = [
+    "profile.json",
+    "selection.json",
+    "eval.json",
+    "report.json",
+    "report.html",
+    "provenance.json",
+    "SHA256SUMS",
+];
+
 /// A run of layers `start..start + len`, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Block {

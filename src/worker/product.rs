@@ -7,21 +7,11 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::job::report::{Failure, FailureKind};
+use crate::job::report::{FILES, Failure, FailureKind};
 use crate::job::spec::{Corpus, JobSpec, ModelSource};
 use crate::service::db::{Database, JobRow, Lease, NewArtifact, Tenant, best_checkpoint};
 use crate::service::store::{Store, epoch_prefix};
 
-/// What a run leaves in its workspace for people; all else is its own record.
-const FILES: [&str; 7] = [
-    "profile.json",
-    "selection.json",
-    "eval.json",
-    "report.json",
-    "report.html",
-    "provenance.json",
-    "SHA256SUMS",
-];
 const DIRECTORIES: [&str; 5] = ["pruned", "healed", "adapter", "gguf", "plots"];
 /// What comes from the store, where that is not on this machine.
 const INPUTS: &str = "inputs";

@@ -3,7 +3,7 @@
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Database, Result, Tenant};
+use super::{Database, Result, Tenant, page_cut};
 
 /// A change that somebody asked for and got.
 #[derive(Debug, Clone, PartialEq, Eq, sqlx::FromRow)]
@@ -59,8 +59,7 @@ impl Database {
         .bind(i64::from(limit) + 1)
         .fetch_all(&self.pool)
         .await?;
-        let more = rows.len() > limit as usize;
-        rows.truncate(limit as usize);
+        let more = page_cut(&mut rows, limit);
         Ok((rows, more))
     }
 

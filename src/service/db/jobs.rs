@@ -8,7 +8,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Database, Entry, Error, JobEvent, Progress, Result, Tenant, events, outbox, signals};
+use super::{Database, Entry, Error, JobEvent, Progress, Result, Tenant, events, outbox, page_cut, signals};
 use crate::job::plan::Plan;
 use crate::job::report::Failure;
 use crate::job::spec::JobSpec;
@@ -185,8 +185,7 @@ impl Database {
             .bind(filter.created_before)
             .fetch_all(&self.pool)
             .await?;
-        let has_more = jobs.len() > limit as usize;
-        jobs.truncate(limit as usize);
+        let has_more = page_cut(&mut jobs, limit);
         if matches!(filter.cursor, Cursor::Before(_)) {
             jobs.reverse();
         }

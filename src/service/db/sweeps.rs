@@ -4,7 +4,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Database, Inserted, NewJob, Once, Result, Tenant, jobs, requests};
+use super::{Database, Inserted, NewJob, Once, Result, Tenant, jobs, page_cut, requests};
 use crate::job::report::{Failure, Scores};
 use crate::job::state::JobState;
 use crate::job::sweep::{Outcome, SweepSpec};
@@ -116,8 +116,7 @@ impl Database {
         .bind(i64::from(limit) + 1)
         .fetch_all(&self.pool)
         .await?;
-        let more = rows.len() > limit as usize;
-        rows.truncate(limit as usize);
+        let more = page_cut(&mut rows, limit);
         Ok((rows, more))
     }
 

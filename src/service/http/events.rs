@@ -24,7 +24,7 @@ use super::job::Page;
 use super::jobs::job_row;
 use super::limits::StreamPlace;
 use super::problem::{Problem, ProblemBody};
-use crate::service::db::{self, EventRow, JobRow, Signal};
+use crate::service::db::{self, EventRow, JobRow, Signal, page_cut};
 
 /// Wake-up calls can be lost; so we look by ourselves, too.
 pub const POLL: Duration = Duration::from_secs(2);
@@ -91,8 +91,7 @@ async fn events(
         return Ok(stream(state, job, after, kinds, place).into_response());
     }
     let mut rows = state.database.events_after(tenant, id, after, &kinds, size + 1).await?;
-    let has_more = rows.len() > size as usize;
-    rows.truncate(size as usize);
+    let has_more = page_cut(&mut rows, size);
     Ok(Json(Page::new(rows, has_more, |row| row.seq.to_string())).into_response())
 }
 

@@ -26,7 +26,7 @@ use super::extract::{JsonBody, Newest};
 use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
-use crate::service::db::{Tenant, UploadDeletion, UploadPart, UploadRow};
+use crate::service::db::{Tenant, UploadDeletion, UploadPart, UploadRow, page_cut};
 use crate::service::store::upload_prefix;
 
 /// Of all parts but the last.
@@ -206,8 +206,7 @@ async fn list(
     Newest { size, after }: Newest,
 ) -> Result<Json<Page<Upload>>, Problem> {
     let mut rows = state.database.uploads(tenant, after, size + 1).await?;
-    let has_more = rows.len() > size as usize;
-    rows.truncate(size as usize);
+    let has_more = page_cut(&mut rows, size);
     let uploads = rows.into_iter().map(|row| Upload::new(row, Vec::new())).collect();
     Ok(Json(Page::new(uploads, has_more, |upload| upload.id.to_string())))
 }

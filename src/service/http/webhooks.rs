@@ -20,7 +20,7 @@ use super::job::Page;
 use super::problem::{Code, Problem, ProblemBody};
 use crate::job::complaint::Complaint;
 use crate::job::state::JobState;
-use crate::service::db::{DeliveryRow, EndpointRow, MessageRow, message_body};
+use crate::service::db::{DeliveryRow, EndpointRow, MessageRow, message_body, page_cut};
 use crate::service::seal;
 use crate::service::sinks;
 
@@ -404,8 +404,7 @@ async fn deliveries(
 ) -> Result<Json<Page<Delivery>>, Problem> {
     state.database.endpoint(tenant, id).await?.ok_or_else(|| unknown(id))?;
     let mut rows = state.database.messages(tenant, id, after, size + 1).await?;
-    let has_more = rows.len() > size as usize;
-    rows.truncate(size as usize);
+    let has_more = page_cut(&mut rows, size);
     let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
     let tries = state.database.deliveries(&ids).await?;
     let deliveries = rows.into_iter().map(|row| Delivery::new(row, &tries)).collect();

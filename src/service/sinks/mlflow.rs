@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::call::{Refusal, Result, accepted, agent, beside};
 use crate::job::progress::Event;
+use crate::job::report::FILES;
 use crate::job::state::JobState;
 use crate::service::db::{ArtifactRow, Database, Entry, JobRow, Message, SweepRow, Tenant, best_checkpoint};
 use crate::service::store::{Local, Store};
@@ -31,16 +32,7 @@ const MOST_METRICS: usize = 1000;
 const MOST_PARAMS: usize = 100;
 /// Values longer than this are cut.
 const MOST_CHARS: usize = 500;
-/// What goes over as artifacts: what people look at. The weights stay where they are, and a tag says where.
-const ARTIFACTS: [&str; 7] = [
-    "profile.json",
-    "selection.json",
-    "eval.json",
-    "report.json",
-    "report.html",
-    "provenance.json",
-    "SHA256SUMS",
-];
+/// They go over, too. The weights stay where they are, and a tag says where.
 const PLOTS: &str = "plots/";
 
 /// Where runs are kept.
@@ -372,7 +364,7 @@ impl Mlflow {
             file.map_err(|e| format!("artifact {}: {e}", row.path))
         };
         for row in &rows {
-            if ARTIFACTS.contains(&row.path.as_str()) || row.path.starts_with(PLOTS) {
+            if FILES.contains(&row.path.as_str()) || row.path.starts_with(PLOTS) {
                 told.files.push((row.path.clone(), local(row).await?));
             }
         }

@@ -12,9 +12,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use half::f16;
 
-#[cfg(target_arch = "x86_64")]
-use super::decode::loaded;
 use super::decode::{Decode, fetch};
+#[cfg(target_arch = "x86_64")]
+use super::quant::across;
 use super::quant::packed;
 
 /// Weights that share one scale.
@@ -79,7 +79,7 @@ impl Decode for Q4 {
     #[inline]
     unsafe fn wide(&self, at: usize) -> __m512 {
         if !at.is_multiple_of(16) {
-            return loaded(&self.sixteen(at));
+            return across(self, at);
         }
         let codes = &self.codes[at / 2..at / 2 + 8];
         // SAFETY: eight bytes are read.

@@ -177,7 +177,7 @@ impl Nf4 {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[cold]
-fn across(data: &impl Decode, at: usize) -> __m512 {
+pub(super) fn across(data: &impl Decode, at: usize) -> __m512 {
     loaded(&data.sixteen(at))
 }
 
